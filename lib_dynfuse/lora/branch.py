@@ -1,0 +1,111 @@
+"""Branches: what a LoRA adds to one layer's output, independent of file dialects and hosts.
+
+A branch is a change dW of a layer's weight (and possibly db of its bias); its delta on an input h is dW h + db.
+Two forms are enough for the forward pass: a product of two thin matrices, and a full matrix. Kinds whose change depends
+on the layer's own weight (DoRA, IA3, OFT, ...) become a full matrix once the weight is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """dW = scale * up @ down, with the convolution's kernel in `down`.
+
+    down: (rank, in) or (rank, in, kh, kw). up: (out, rank). bias: (out,) or None, not scaled by `scale`.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer's weight: (out, in) or (out, in, kh, kw)."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def delta_weight(self) -> Tensor:
+        """dW in float32, of the layer's weight's shape: the form in which it is merged."""
+        product = self.up.float() @ self.down.float().flatten(1)
+        return (self.scale * product).reshape(self.shape)
+
+    def rows(self, start: int, length: int) -> LowRank:
+        """The branch of output rows start .. start + length of a fused layer."""
+        bias = None if self.bias is None else self.bias[start : start + length]
+        return replace(self, up=self.up[start : start + length], bias=bias)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """dW as a full matrix. weight: (out, in) or (out, in, kh, kw). bias: (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    rank = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def delta_weight(self) -> Tensor:
+        """dW in float32, of the layer's weight's shape: the form in which it is merged."""
+        return self.weight.float()
+
+    def rows(self, start: int, length: int) -> Dense:
+        """The branch of output rows start .. start + length of a fused layer."""
+        bias = None if self.bias is None else self.bias[start : start + length]
+        return Dense(self.weight[start : start + length], bias)
+
+
+@dataclass(frozen=True)
+class FromWeight:
+    """A change that depends on the layer's own weight W0 (DoRA, IA3, OFT, BOFT, GLoRA).
+
+    make: W0 float32 (out, in[, kh, kw]) -> dW float32 of the same shape, at strength 1.
+    out: number of output rows that `make` expects, None where any fits.
+    """
+
+    make: Callable[[Tensor], Tensor]
+    rank: int | None = None
+    bias: Tensor | None = None
+    out: int | None = None
+
+    def bind(self, weight: Tensor) -> Dense:
+        """The branch for a layer of this weight, (out, in[, kh, kw]), any float dtype, already dequantised."""
+        return Dense(self.make(weight.detach().float()), self.bias)
+
+
+@dataclass(frozen=True)
+class NormShift:
+    """Change of a normalisation layer's gain and offset, each (channels,) or None. It has no branch to choose: it is summed."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+Branch = LowRank | Dense | FromWeight
+
+
+def bound(branch: Branch, weight: Callable[[], Tensor]) -> LowRank | Dense:
+    """The branch in a form that can be applied; `weight` is called only if the kind depends on the layer's weight."""
+    return branch.bind(weight()) if isinstance(branch, FromWeight) else branch
+
+
+def merged(weight: Tensor, branch: Branch, strength: float) -> Tensor:
+    """W0 + strength * dW in float32: what a host that merges would compute with."""
+    delta = bound(branch, lambda: weight).delta_weight()
+    return weight.float() + strength * delta.reshape(weight.shape).to(weight.device)
+
+
+__all__ = ["Branch", "Dense", "FromWeight", "LowRank", "NormShift", "bound", "merged"]

@@ -1,0 +1,190 @@
+"""FuseSettings: the one typed description of a fusion.
+
+The prompt tag, the panel, the infotext, the API and the command line are all made from the fields below, so a
+setting has one name, one type, one range and one explanation everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used. The message names the setting and the values it takes."""
+
+
+def setting(
+    default: Any,
+    label: str,
+    tooltip: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    slider: tuple[float, float, float] | None = None,
+) -> Any:
+    """Declare a field.
+
+    label, tooltip: what the panel shows, in plain words.
+    choices: the permitted strings; empty for free text and numbers.
+    minimum: smallest permitted number; None for any finite one.
+    slider: (lowest, highest, step) that the panel offers; a tag or the API may go beyond it.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={"label": label, "tooltip": tooltip, "choices": choices, "minimum": minimum, "slider": slider},
+    )
+
+
+@dataclass(frozen=True)
+class FuseSettings:
+    """How a subject LoRA and a style LoRA are fused. Raises SettingsError for a value outside its range."""
+
+    subject: str = setting("", "Subject LoRA", "The LoRA of the character, creature or thing to show.")
+    style: str = setting("", "Style LoRA", "The LoRA of the way it is drawn.")
+    subject_weight: float = setting(
+        1.0,
+        "Subject weight",
+        "Strength of the subject LoRA, as in <lora:name:weight>. It also counts in the choice: a stronger LoRA wins more layers.",
+        slider=(0.0, 2.0, 0.05),
+    )
+    style_weight: float = setting(
+        1.0,
+        "Style weight",
+        "Strength of the style LoRA, as in <lora:name:weight>. It also counts in the choice: a stronger LoRA wins more layers.",
+        slider=(0.0, 2.0, 0.05),
+    )
+    method: str = setting(
+        "dynfuse",
+        "Method",
+        "dynfuse: each layer uses the LoRA that changes its features more, chosen anew at every step. "
+        "direct: both LoRAs added everywhere, as two ordinary <lora:...> tags do.",
+        choices=("dynfuse", "direct"),
+    )
+    criterion: str = setting(
+        "kl",
+        "Criterion",
+        "How the change of a layer's features is measured. kl: Kullback-Leibler divergence from the base model's features (the paper's). "
+        "js: Jensen-Shannon divergence. cosine: one minus the cosine similarity. dot: fall of the dot product with the base features.",
+        choices=("kl", "js", "cosine", "dot"),
+    )
+    te_weight: float = setting(
+        1.0,
+        "Text encoder weight",
+        "Factor on both LoRAs' text-encoder parts, which are added up (the method only chooses inside the denoiser). 0 leaves the text encoder alone.",
+        slider=(0.0, 2.0, 0.05),
+    )
+    granularity: str = setting(
+        "image",
+        "Decide per",
+        "image: one choice per layer and image, made on the prompt and used for the negative prompt too. "
+        "row: prompt and negative prompt choose on their own. token: every place in the picture chooses on its own (experimental).",
+        choices=("image", "row", "token"),
+    )
+    scope: str = setting(
+        "all",
+        "Layers",
+        "all: every layer that both LoRAs change. attention: only the query, key, value and output layers of the attention blocks, "
+        "as in the paper's experiments; other layers are left to the base model.",
+        choices=("all", "attention"),
+    )
+    temperature: str = setting(
+        "raw",
+        "Temperature",
+        "raw: features as they are (the paper's). rms: features divided by their spread, so that a few loud channels do not decide alone.",
+        choices=("raw", "rms"),
+    )
+    balance: str = setting(
+        "none",
+        "Balance",
+        "none: the divergences are compared as they are (the paper's); a louder LoRA wins nearly everywhere. "
+        "gamma: the style's divergences are scaled so that both LoRAs weigh the same over the first step.",
+        choices=("none", "gamma"),
+    )
+    bias: float = setting(
+        1.0,
+        "Bias",
+        "The subject wins a layer if its divergence is at least this many times the style's. Above 1 favours the style, below 1 the subject.",
+        minimum=0.0,
+        slider=(0.0, 4.0, 0.05),
+    )
+    one_sided: str = setting(
+        "apply",
+        "One-sided layers",
+        "What to do with a layer that only one of the two LoRAs changes. apply: that LoRA is used there. skip: the layer stays as in the base model.",
+        choices=("apply", "skip"),
+    )
+
+    def __post_init__(self) -> None:
+        for name, kind in field_types().items():
+            object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> FuseSettings:
+        """Settings from typed values (API, panel). Raises SettingsError that names unknown keys and wrong types."""
+        known = field_types()
+        unknown = [str(key) for key in values if key not in known]
+        if unknown:
+            raise SettingsError(f"unknown setting {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+        return cls(**dict(values))
+
+    @classmethod
+    def from_text(cls, values: Mapping[str, str]) -> FuseSettings:
+        """Settings from strings (tag, infotext). Raises SettingsError as from_mapping does."""
+        known = field_types()
+        return cls.from_mapping({key: parse_value(key, text) if key in known else text for key, text in values.items()})
+
+    def non_default(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, in the order of declaration."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+def field_types() -> dict[str, type]:
+    """The fields of FuseSettings and their types, in the order of declaration."""
+    hints = get_type_hints(FuseSettings)
+    return {f.name: hints[f.name] for f in dataclasses.fields(FuseSettings)}
+
+
+def field_metadata(name: str) -> Mapping[str, Any]:
+    """label, tooltip, choices, minimum and slider of a field (see setting)."""
+    return FuseSettings.__dataclass_fields__[name].metadata
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The typed value that a tag's, an infotext's or a command line's text means. Raises SettingsError."""
+    kind = field_types()[name]
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            raise SettingsError(f"{name} must be a number, not {text!r}") from None
+    return text.strip()
+
+
+def format_value(value: Any) -> str:
+    """The shortest text that parse_value reads back as the same value."""
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return str(value)
+
+
+def _checked(name: str, kind: type, value: Any) -> Any:
+    metadata = field_metadata(name)
+    if kind is float:
+        # bool is an int in Python; a JSON true is no weight.
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise SettingsError(f"{name} must be a number, not {value!r}")
+        value = float(value)
+        if not math.isfinite(value):
+            raise SettingsError(f"{name} must be a finite number, not {value}")
+        if metadata["minimum"] is not None and value < metadata["minimum"]:
+            raise SettingsError(f"{name} must be at least {format_value(metadata['minimum'])}, not {format_value(value)}")
+        return value
+    if not isinstance(value, str):
+        raise SettingsError(f"{name} must be text, not {value!r}")
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise SettingsError(f"{name} must be one of {', '.join(metadata['choices'])}, not {value!r}")
+    return value
