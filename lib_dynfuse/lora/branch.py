@@ -1,8 +1,9 @@
 """Branches: what a LoRA adds to one layer's output, independent of file dialects and hosts.
 
 A branch is a change dW of a layer's weight (and possibly db of its bias); its delta on an input h is dW h + db.
-Two forms are enough for the forward pass: a product of two thin matrices, and a full matrix. Kinds whose change depends
-on the layer's own weight (DoRA, IA3, OFT, ...) become a full matrix once the weight is known.
+Two forms are enough for the forward pass: a product of two thin matrices, and a full matrix. A full matrix that small tensors
+make up (LoHa, LoKr) is multiplied out when it is needed, so that reading a file stays cheap; kinds whose change depends on
+the layer's own weight (DoRA, IA3, OFT, ...) become a full matrix once the weight is known.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+
+class LoraError(ValueError):
+    """A LoRA file that cannot be used. The message is one sentence with the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +74,40 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Composed:
+    """dW as a full matrix that is put together from small tensors when it is needed (LoHa, LoKr).
+
+    make: -> dW float32, of `shape`. shape: (out, in[, kh, kw]). rank: of the factors, None without one.
+    """
+
+    make: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    rank: int | None = None
+    bias: Tensor | None = None
+
+    def delta_weight(self) -> Tensor:
+        """dW in float32: the form in which it is merged."""
+        return self.make()
+
+    def dense(self) -> Dense:
+        """The same change as a full matrix, float32."""
+        return Dense(self.make(), self.bias)
+
+
+@dataclass(frozen=True)
 class FromWeight:
     """A change that depends on the layer's own weight W0 (DoRA, IA3, OFT, BOFT, GLoRA).
 
-    make: W0 float32 (out, in[, kh, kw]) -> dW float32 of the same shape, at strength 1.
+    make: W0 float32 (out, in[, kh, kw]) -> dW float32 of the same shape and device, at strength 1.
     out: number of output rows that `make` expects, None where any fits.
+    shape: shape of the layer's weight where the tensors tell it, else None.
     """
 
     make: Callable[[Tensor], Tensor]
     rank: int | None = None
     bias: Tensor | None = None
     out: int | None = None
+    shape: tuple[int, ...] | None = None
 
     def bind(self, weight: Tensor) -> Dense:
         """The branch for a layer of this weight, (out, in[, kh, kw]), any float dtype, already dequantised."""
@@ -94,12 +122,14 @@ class NormShift:
     bias: Tensor | None
 
 
-Branch = LowRank | Dense | FromWeight
+Branch = LowRank | Dense | Composed | FromWeight
 
 
 def bound(branch: Branch, weight: Callable[[], Tensor]) -> LowRank | Dense:
     """The branch in a form that can be applied; `weight` is called only if the kind depends on the layer's weight."""
-    return branch.bind(weight()) if isinstance(branch, FromWeight) else branch
+    if isinstance(branch, FromWeight):
+        return branch.bind(weight())
+    return branch.dense() if isinstance(branch, Composed) else branch
 
 
 def merged(weight: Tensor, branch: Branch, strength: float) -> Tensor:
@@ -108,4 +138,4 @@ def merged(weight: Tensor, branch: Branch, strength: float) -> Tensor:
     return weight.float() + strength * delta.reshape(weight.shape).to(weight.device)
 
 
-__all__ = ["Branch", "Dense", "FromWeight", "LowRank", "NormShift", "bound", "merged"]
+__all__ = ["Branch", "Composed", "Dense", "FromWeight", "LoraError", "LowRank", "NormShift", "bound", "merged"]
