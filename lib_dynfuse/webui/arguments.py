@@ -1,0 +1,44 @@
+"""The script's arguments: what the panel sends, and what an API client puts under alwayson_scripts.dynfuse.args.
+
+Two forms, both starting with the panel's switch:
+
+    [true, {"subject": "dog", "style": "watercolor", "criterion": "js"}]      names as in FuseSettings
+    [true, "dog", "watercolor", 1.0, 1.0, "dynfuse", ...]                     all fields, in the order of FuseSettings
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..settings import FuseSettings, SettingsError, field_types
+from .tag import check_pair
+
+
+def read_arguments(arguments: Sequence[Any]) -> FuseSettings | None:
+    """What the arguments ask for: None when the panel is switched off.
+
+    Raises SettingsError: one sentence that names an unknown key, a wrong type or a value outside its range.
+    """
+    enabled, values = (arguments[0], arguments[1:]) if arguments else (False, ())
+    if not isinstance(enabled, bool):
+        raise SettingsError(f"the first argument must be true or false, not {enabled!r}; the settings are the second: [true, {{...}}]")
+    if not enabled:
+        return None
+    if values and isinstance(values[0], Mapping):
+        # The host fills the remaining places with the panel's own values; they are not the client's.
+        settings = FuseSettings.from_mapping(values[0])
+    else:
+        settings = _read_positions(values)
+    check_pair(settings)
+    return settings
+
+
+def _read_positions(values: Sequence[Any]) -> FuseSettings:
+    names = list(field_types())
+    if len(values) > len(names):
+        raise SettingsError(f"{len(values)} values were given; the settings are {len(names)}: {', '.join(names)}")
+    # An emptied dropdown sends None.
+    return FuseSettings.from_mapping(
+        {name: "" if value is None and name in ("subject", "style") else value for name, value in zip(names, values, strict=False)}
+    )

@@ -1,0 +1,125 @@
+"""The prompt tag: `<dynfuse:SUBJECT:STYLE[:subject weight[:style weight]][:key=value...]>`.
+
+Pure text: nothing here knows a WebUI. A host cuts the tag out of the prompt and splits its inside at ":"; parse_tag
+takes those items.
+
+A LoRA's name may hold characters that mean something in a tag or in a prompt. They are written as in a web address:
+"%3A" for ":", "%3E" for ">", "%3D" for "=" and so on (RESERVED); format_tag does so, and any other "%" stands for itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..settings import FuseSettings, SettingsError, field_types, format_value, parse_value
+
+POSITIONAL = ("subject", "style", "subject_weight", "style_weight")
+SYNTAX = "<dynfuse:SUBJECT:STYLE>"
+
+# ":" "<" ">" "=" are the tag's own; "," and '"' are the infotext's; "#" starts a comment in A1111's prompts
+# (modules/processing_scripts/comments.py); a line break ends the infotext's prompt.
+RESERVED = '%:<>=,"#\n\r'
+
+_ERROR_KEY = "error"
+_TAG = re.compile(r"<dynfuse:([^>]*)>")
+_ESCAPED = re.compile("|".join(f"%{ord(character):02X}" for character in RESERVED), re.IGNORECASE)
+_OUTER_SPACES = re.compile(r"^ +| +$")
+_ESCAPED_OUTER_SPACES = re.compile(r"^(?:%20)+|(?:%20)+$")
+
+
+def escape(text: str) -> str:
+    """text with the reserved characters, and spaces at its ends, written as %XX."""
+    escaped = "".join(f"%{ord(character):02X}" if character in RESERVED else character for character in text)
+    return _OUTER_SPACES.sub(lambda spaces: "%20" * len(spaces[0]), escaped)
+
+
+def unescape(text: str) -> str:
+    """The inverse of escape. %XX of a character that needs no escaping is left alone: "my%20lora" is a file's name."""
+    spaced = _ESCAPED_OUTER_SPACES.sub(lambda codes: " " * (len(codes[0]) // 3), text)
+    return _ESCAPED.sub(lambda code: chr(int(code[0][1:], 16)), spaced)
+
+
+def format_tag(settings: FuseSettings) -> str:
+    """The shortest tag that parse_tag reads back as these settings."""
+    changed = settings.non_default()
+    items = [escape(settings.subject), escape(settings.style)]
+    if "subject_weight" in changed or "style_weight" in changed:
+        items.append(format_value(settings.subject_weight))
+    if "style_weight" in changed:
+        items.append(format_value(settings.style_weight))
+    items += [f"{name}={escape(format_value(value))}" for name, value in changed.items() if name not in POSITIONAL]
+    return f"<dynfuse:{':'.join(items)}>"
+
+
+def format_error(sentence: str) -> str:
+    """A tag that parse_tag answers with SettingsError(sentence).
+
+    The panel and the API hand their mistakes on this way: a WebUI swallows what a script's hook raises, and a tag is
+    read where an exception reaches the user.
+    """
+    return f"<dynfuse:{_ERROR_KEY}={escape(sentence)}>"
+
+
+def parse_tag(items: Sequence[str]) -> FuseSettings:
+    """Settings of one tag.
+
+    items: the text between "<dynfuse:" and ">", split at ":". Items without "=" are, in order, subject, style, subject
+    weight and style weight; the others name any field of FuseSettings.
+    Raises SettingsError: one sentence with what is wrong and how it is written.
+    """
+    tag = f"<dynfuse:{':'.join(items)}>"
+    texts: dict[str, str] = {}
+    positions = iter(POSITIONAL)
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals:
+            name = next(positions, None)
+            if name is None:
+                raise SettingsError(f"{tag} has too many parts; after the two weights only key=value may follow")
+            key, text = name, item
+        key = key.strip()
+        if key == _ERROR_KEY:
+            raise SettingsError(unescape(text))
+        if key in texts:
+            raise SettingsError(f"{tag} gives {key} twice")
+        texts[key] = text.strip()
+    try:
+        settings = FuseSettings.from_mapping({key: _parse(key, text) for key, text in texts.items()})
+    except SettingsError as error:
+        raise SettingsError(f"{tag}: {error}") from None
+    check_pair(settings)
+    return settings
+
+
+def find_tags(prompt: str) -> list[list[str]]:
+    """The items (see parse_tag) of every DynFuse tag in a prompt."""
+    return [found.split(":") for found in _TAG.findall(prompt)]
+
+
+def parse_tags(tags: Sequence[Sequence[str]]) -> FuseSettings | None:
+    """What the tags of one prompt ask for: None without a tag. Raises SettingsError as parse_tag does, and for two tags."""
+    if not tags:
+        return None
+    if len(tags) > 1:
+        raise SettingsError("the prompt has more than one <dynfuse:...> tag; one image is fused from one pair of LoRAs")
+    return parse_tag(tags[0])
+
+
+def check_pair(settings: FuseSettings) -> None:
+    """Raises SettingsError unless the settings name two different LoRAs."""
+    missing = [name for name in ("subject", "style") if not getattr(settings, name)]
+    if missing:
+        raise SettingsError(
+            f"no {' and no '.join(missing)} LoRA is chosen; pick one in the DynFuse panel, or write {SYNTAX} with the names of both"
+        )
+    if settings.subject == settings.style:
+        raise SettingsError(f"subject and style are the same LoRA, {settings.subject!r}; pick two different ones")
+
+
+def _parse(key: str, text: str) -> Any:
+    # Text is taken here, not by parse_value: that would cut off the spaces that belong to a name.
+    if field_types().get(key) is not str and key in field_types():
+        return parse_value(key, text)
+    return unescape(text)

@@ -1,0 +1,91 @@
+"""Tag, infotext, API and panel read and write the same settings: every field, with a value that is not its default."""
+
+import dataclasses
+
+import pytest
+
+from lib_dynfuse.settings import FuseSettings, SettingsError, field_metadata, field_types
+from lib_dynfuse.webui import infotext, tag
+from lib_dynfuse.webui.arguments import read_arguments
+from tests.webui.host_infotext import create_infotext_line, parse_infotext_line
+
+FIELDS = list(field_types())
+PAIR = {"subject": "dog", "style": "watercolor"}
+
+
+def other_than_default(name):
+    """A permitted value that is not the field's default."""
+    default = FuseSettings.__dataclass_fields__[name].default
+    metadata = field_metadata(name)
+    if metadata["choices"]:
+        return next(choice for choice in metadata["choices"] if choice != default)
+    return default + 0.3125 if isinstance(default, float) else f"another {name}"
+
+
+def changed(*names):
+    return FuseSettings(**{**PAIR, **{name: other_than_default(name) for name in names}})
+
+
+def through_tag(settings):
+    return tag.parse_tags(tag.find_tags(f"a dog, {tag.format_tag(settings)} in watercolor"))
+
+
+def through_infotext(settings):
+    return infotext.read_settings(parse_infotext_line(create_infotext_line(infotext.settings_fields(settings))))
+
+
+def through_api_names(settings):
+    return read_arguments([True, {name: getattr(settings, name) for name in FIELDS}])
+
+
+def through_api_changed_names(settings):
+    return read_arguments([True, settings.non_default()])
+
+
+def through_panel(settings):
+    return read_arguments([True, *(getattr(settings, name) for name in FIELDS)])
+
+
+WAYS = [through_tag, through_infotext, through_api_names, through_api_changed_names, through_panel]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_survives_every_way_in(way, name):
+    settings = changed(name)
+    assert getattr(settings, name) != FuseSettings.__dataclass_fields__[name].default
+    assert way(settings) == settings
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_fields_together_survive_every_way_in(way):
+    settings = changed(*FIELDS)
+    assert len(settings.non_default()) == len(dataclasses.fields(FuseSettings))
+    assert way(settings) == settings
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("subject", [
+    "a:b", "a>b", "<lora:a:1>", "a,b", "a, b", "a=b", "method=direct", "100%", "50%3A", "my%20lora", "%", '"quoted"', 'a"b', "c#sharp", "dog (v2)",
+    "[dog]", "512x512", "1.0", "True", " outer ", "犬", "a\\b", "folder/dog", "dog:0.5", "DynFuse", "a|b", "{a}", "error=x", "a\nb", "é%C3%A9",
+])  # fmt: skip
+def test_any_name_survives_every_way_in(way, subject):
+    settings = FuseSettings(subject=subject, style=f"{subject}-style", te_weight=0.5)
+    assert way(settings) == settings
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e-7, 0.1 + 0.2, 1e300, 12345678.875])
+@pytest.mark.parametrize("way", WAYS)
+def test_any_weight_survives_every_way_in(way, weight):
+    settings = FuseSettings(**PAIR, subject_weight=weight, style_weight=-weight)
+    assert way(settings) == settings
+
+
+def test_a_setting_out_of_range_is_refused_by_tag_infotext_and_api_alike():
+    for read in (
+        lambda: tag.parse_tag(["dog", "watercolor", "bias=-1"]),
+        lambda: infotext.read_settings({"DynFuse": "True", "DynFuse subject": "dog", "DynFuse style": "watercolor", "DynFuse bias": "-1"}),
+        lambda: read_arguments([True, {**PAIR, "bias": -1}]),
+    ):
+        with pytest.raises(SettingsError, match="bias must be at least 0, not -1"):
+            read()
