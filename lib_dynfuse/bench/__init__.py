@@ -1,0 +1,16 @@
+"""Measurements of speed: `python -m lib_dynfuse bench ...`. Ratios, taken in turns in one process."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a benchmark from the command line; returns the exit code."""
+    from . import fusion
+
+    parser = argparse.ArgumentParser(prog="python -m lib_dynfuse bench", description="Measure what DynFuse costs on this machine.")
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    fusion.add_arguments(benchmarks.add_parser("fusion", help="feature-level selection against a plain and a literally fused step"))
+    return fusion.run(parser.parse_args(argv))
