@@ -1,0 +1,59 @@
+# The project's commands. Each sets up what it needs; `make demo` and `make test` work on a fresh machine with Python 3.10 to 3.12.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A1111's packages (torch 2.1.2) have no builds for Python 3.12.
+A1111_PYTHON ?= $(shell for p in "$(PYTHON)" python3.10 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+A1111_VENV := .venv-a1111
+A1111_BIN := $(A1111_VENV)/bin
+
+.PHONY: help demo test test-a1111 check format bench clean
+
+help:
+	@echo "make demo        a picture fused by a tiny random model, and its selection map, in out/demo/"
+	@echo "make test        the tests under Forge's packages"
+	@echo "make test-a1111  the tests under A1111's packages"
+	@echo "make check       formatting, lint and types"
+	@echo "make format      format the code"
+	@echo "make bench       what the fusion costs on this machine"
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m lib_dynfuse demo --out out/demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+test-a1111: $(A1111_VENV)/.ready
+	$(A1111_BIN)/python -m pytest
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m lib_dynfuse bench fusion
+
+clean:
+	rm -rf $(VENV) $(A1111_VENV) out .pytest_cache .ruff_cache .mypy_cache
+
+$(VENV)/.ready: requirements/forge.txt requirements/development.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "Python 3.10, 3.11 or 3.12 is needed: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "Installing the packages into $(VENV) (some gigabytes: PyTorch comes with its CUDA libraries) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/forge.txt -r requirements/development.txt
+	@touch $@
+
+$(A1111_VENV)/.ready: requirements/a1111.txt requirements/development.txt
+	@test -n "$(A1111_PYTHON)" || { echo "Python 3.10 or 3.11 is needed for A1111's packages: make A1111_PYTHON=python3.10 test-a1111"; exit 1; }
+	@echo "Installing A1111's packages into $(A1111_VENV) ..."
+	$(A1111_PYTHON) -m venv $(A1111_VENV)
+	$(A1111_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/a1111.txt -r requirements/development.txt
+	@touch $@
