@@ -25,11 +25,9 @@ def read_arguments(arguments: Sequence[Any]) -> FuseSettings | None:
         raise SettingsError(f"the first argument must be true or false, not {enabled!r}; the settings are the second: [true, {{...}}]")
     if not enabled:
         return None
-    if values and isinstance(values[0], Mapping):
-        # The host fills the remaining places with the panel's own values; they are not the client's.
-        settings = FuseSettings.from_mapping(values[0])
-    else:
-        settings = _read_positions(values)
+    # Behind a dict the host fills the remaining places with the panel's own values; they are not the client's.
+    named = values and isinstance(values[0], Mapping)
+    settings = FuseSettings.from_mapping(values[0]) if named else _read_positions(values)
     check_pair(settings)
     return settings
 

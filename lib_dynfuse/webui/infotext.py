@@ -6,7 +6,6 @@ Every name starts with "DynFuse"; only values that differ from the defaults are 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,8 +17,6 @@ HASHES = "DynFuse LoRA hashes"
 NOTE = "DynFuse note"
 
 LORA_FIELDS = ("subject", "style")
-
-_TAG_TEXT = re.compile(r"<dynfuse:([^>]*)>")
 
 
 def field_key(name: str) -> str:
@@ -98,14 +95,14 @@ def known_name(is_known: Callable[[str], bool], name_by_hash: Callable[[str], st
 def renamed_tags(prompt: str, hashes: Mapping[str, str], rename: Callable[[str, str | None], str]) -> str:
     """A pasted prompt in which the LoRAs of DynFuse tags have the names they have here. A tag that cannot be read stays."""
 
-    def replaced(found: re.Match[str]) -> str:
+    def replacement(items: list[str]) -> str | None:
         try:
-            settings = tag.parse_tag(found[1].split(":"))
+            settings = tag.parse_tag(items)
         except SettingsError:
-            return found[0]
+            return None
         names = {name: rename(getattr(settings, name), hashes.get(getattr(settings, name))) for name in LORA_FIELDS}
         if all(getattr(settings, name) == value for name, value in names.items()):
-            return found[0]
+            return None
         return tag.format_tag(FuseSettings(**{**settings.non_default(), **names}))
 
-    return _TAG_TEXT.sub(replaced, prompt)
+    return tag.replace_tags(prompt, replacement)

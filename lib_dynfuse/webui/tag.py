@@ -10,7 +10,7 @@ A LoRA's name may hold characters that mean something in a tag or in a prompt. T
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..settings import FuseSettings, SettingsError, field_types, format_value, parse_value
@@ -23,7 +23,8 @@ SYNTAX = "<dynfuse:SUBJECT:STYLE>"
 RESERVED = '%:<>=,"#\n\r'
 
 _ERROR_KEY = "error"
-_TAG = re.compile(r"<dynfuse:([^>]*)>")
+# Cut as the host cuts (modules/extra_networks.py, re_extra_net): "<lora:dog<dynfuse:a:b>" is one tag, and not ours.
+_TAG = re.compile(r"<(\w+):([^>]+)>")
 _ESCAPED = re.compile("|".join(f"%{ord(character):02X}" for character in RESERVED), re.IGNORECASE)
 _OUTER_SPACES = re.compile(r"^ +| +$")
 _ESCAPED_OUTER_SPACES = re.compile(r"^(?:%20)+|(?:%20)+$")
@@ -95,13 +96,26 @@ def parse_tag(items: Sequence[str]) -> FuseSettings:
 
 def find_tags(prompt: str) -> list[list[str]]:
     """The items (see parse_tag) of every DynFuse tag in a prompt."""
-    return [found.split(":") for found in _TAG.findall(prompt)]
+    return [items.split(":") for name, items in _TAG.findall(prompt) if name == "dynfuse"]
+
+
+def replace_tags(prompt: str, replacement: Callable[[list[str]], str | None]) -> str:
+    """The prompt with every DynFuse tag replaced by what replacement makes of its items (see parse_tag); None leaves a tag as it is."""
+
+    def replaced(found: re.Match[str]) -> str:
+        text = replacement(found[2].split(":")) if found[1] == "dynfuse" else None
+        return found[0] if text is None else text
+
+    return _TAG.sub(replaced, prompt)
 
 
 def parse_tags(tags: Sequence[Sequence[str]]) -> FuseSettings | None:
     """What the tags of one prompt ask for: None without a tag. Raises SettingsError as parse_tag does, and for two tags."""
     if not tags:
         return None
+    for items in tags:
+        if items[0].startswith(f"{_ERROR_KEY}="):
+            return parse_tag(items)
     if len(tags) > 1:
         raise SettingsError("the prompt has more than one <dynfuse:...> tag; one image is fused from one pair of LoRAs")
     return parse_tag(tags[0])

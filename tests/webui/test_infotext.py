@@ -11,6 +11,12 @@ def renaming(here):
     return infotext.known_name(here.__contains__, by_hash.get)
 
 
+def written_with_hashes(hashes):
+    """The infotext's entries, as pasted, of an image of PAIR."""
+    written = {**infotext.settings_fields(FuseSettings(**PAIR)), **infotext.hash_field(PAIR.values(), hashes.get)}
+    return parse_infotext_line(create_infotext_line(written))
+
+
 def test_only_values_that_differ_from_the_defaults_are_written():
     assert infotext.settings_fields(FuseSettings(**PAIR, te_weight=0.5)) == {
         "DynFuse": "True",
@@ -38,8 +44,7 @@ def test_a_lora_that_has_another_name_here_is_found_by_its_hash():
 
 
 def test_a_lora_that_is_not_here_keeps_its_name():
-    written = {**infotext.settings_fields(FuseSettings(**PAIR)), **infotext.hash_field(PAIR.values(), {"dog": "aa11"}.get)}
-    entries = parse_infotext_line(create_infotext_line(written))
+    entries = written_with_hashes({"dog": "aa11"})
     assert infotext.read_settings(entries, renaming({"fox": "ff00"})) == FuseSettings(**PAIR)
 
 

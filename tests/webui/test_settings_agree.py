@@ -9,6 +9,11 @@ from lib_dynfuse.webui import infotext, tag
 from lib_dynfuse.webui.arguments import read_arguments
 from tests.webui.host_infotext import create_infotext_line, parse_infotext_line
 
+NAMES = [
+    *("a:b", "a>b", "<lora:a:1>", "a,b", "a, b", "a=b", "method=direct", "error=x", "dog:0.5"),
+    *("100%", "50%3A", "my%20lora", "%", "é%C3%A9", '"quoted"', 'a"b', "a\\b", "a\nb", "c#sharp", " outer "),
+    *("dog (v2)", "[dog]", "a|b", "{a}", "512x512", "1.0", "True", "DynFuse", "犬", "folder/dog"),
+]
 FIELDS = list(field_types())
 PAIR = {"subject": "dog", "style": "watercolor"}
 
@@ -65,10 +70,7 @@ def test_all_fields_together_survive_every_way_in(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("subject", [
-    "a:b", "a>b", "<lora:a:1>", "a,b", "a, b", "a=b", "method=direct", "100%", "50%3A", "my%20lora", "%", '"quoted"', 'a"b', "c#sharp", "dog (v2)",
-    "[dog]", "512x512", "1.0", "True", " outer ", "犬", "a\\b", "folder/dog", "dog:0.5", "DynFuse", "a|b", "{a}", "error=x", "a\nb", "é%C3%A9",
-])  # fmt: skip
+@pytest.mark.parametrize("subject", NAMES)
 def test_any_name_survives_every_way_in(way, subject):
     settings = FuseSettings(subject=subject, style=f"{subject}-style", te_weight=0.5)
     assert way(settings) == settings

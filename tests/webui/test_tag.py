@@ -56,7 +56,7 @@ def test_percent_signs_of_a_file_name_may_be_typed_as_they_are():
     ("prompt", "words"),
     [
         ("<dynfuse:dog>", ["no style LoRA", "<dynfuse:SUBJECT:STYLE>"]),
-        ("<dynfuse:>", ["no subject and no style LoRA"]),
+        ("<dynfuse::>", ["no subject and no style LoRA"]),
         ("<dynfuse::watercolor>", ["no subject LoRA"]),
         ("<dynfuse:dog:dog>", ["same LoRA", "'dog'"]),
         ("<dynfuse:dog:watercolor:strong>", ["subject_weight must be a number", "'strong'", "<dynfuse:dog:watercolor:strong>"]),
@@ -81,3 +81,8 @@ def test_a_mistake_made_elsewhere_travels_in_a_tag():
     with pytest.raises(SettingsError) as raised:
         read("a dog " + tag.format_error(sentence))
     assert str(raised.value) == sentence
+
+
+def test_a_mistake_made_elsewhere_goes_before_a_second_tag():
+    with pytest.raises(SettingsError, match="the other"):
+        read(tag.format_error("the other") + "<dynfuse:dog:watercolor>")
