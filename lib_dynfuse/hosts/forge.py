@@ -1,0 +1,176 @@
+"""Stable Diffusion WebUI Forge (dfdcbab6; file and line numbers below are its)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fusion import Rows
+from ..lora.branch import Branch, LowRank, bound
+from .base import WebUIHost, refuse_replaced_denoiser
+from .fusion_pass import RowLayout
+from .text_parts import TextPart, TextParts
+
+# Names under which our patches stand in a patcher begin with this.
+PATCH_PREFIX = "dynfuse:"
+
+# Encoder of a LoRA -> the text encoders that it may mean, by their names in Forge's CLIP object (diffusion_engine/*.py).
+ENCODERS = {"te1": ("clip_l", "clip_h"), "te2": ("clip_g",), "t5": ("t5xxl",)}
+
+CONDITIONAL = 0  # an entry of cond_or_uncond (sampling_function.py:153)
+
+
+class Forge(WebUIHost):
+    name = "Forge"
+
+    def denoiser(self, cfg_denoiser: Any) -> nn.Module:
+        refuse_replaced_denoiser()
+        return self._unet(cfg_denoiser).model.diffusion_model
+
+    def denoiser_identity(self, cfg_denoiser: Any) -> object:
+        return id(self._unet(cfg_denoiser).model.diffusion_model)
+
+    def weight_of(self, layer: nn.Module) -> Tensor:
+        from backend.operations import get_weight_and_bias
+
+        # Online patches (fp8 and GGUF bases) and fp8's scale are applied in there; float32, because fp8 cannot be computed with.
+        weight, _ = get_weight_and_bias(layer, weight_args={"dtype": torch.float32}, weight_fn=_dequantised)
+        return weight
+
+    def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
+        images = len(cond.batch)
+        return lambda x, arguments: rows_of_call(x.shape[0], images, arguments.get("transformer_options") or {})
+
+    def add_text_parts(self, text: TextParts) -> list[str]:
+        model = self._model()
+        if model is None:
+            return []
+        clip = model.forge_objects_after_applying_lora.clip.clone()
+        names = dict(clip.cond_stage_model.named_parameters())
+        unmatched: list[str] = []
+        for part in text.parts:
+            patches, missing = text_patches(part, names, lambda key: self._text_weight(clip, names[key], key))
+            unmatched += [f"{layer} of {part.name}" for layer in missing]
+            if patches:
+                clip.add_patches(
+                    filename=f"{PATCH_PREFIX}{text.label}: {part.name}",
+                    patches=patches,
+                    strength_patch=part.strength,
+                    online_mode=_merges_online(model),
+                )
+        # Not by way of current_lora_hash: the other LoRAs' patches stay, and a plain load finds the store as it left it. Tags are
+        # sometimes activated with no reset of forge_objects after it (processing.py:1585, hires), so both places are set.
+        for objects in _objects(model):
+            objects.clip = clip
+        return unmatched
+
+    def remove_text_parts(self) -> None:
+        for objects in _objects(self._model()):
+            if any(_is_ours(key) for key in objects.clip.patcher.lora_patches):
+                objects.clip = objects.clip.clone()
+                patcher = objects.clip.patcher
+                patcher.lora_patches = {key: patches for key, patches in patcher.lora_patches.items() if not _is_ours(key)}
+
+    @staticmethod
+    def _unet(cfg_denoiser: Any) -> Any:
+        return cfg_denoiser.inner_model.inner_model.forge_objects.unet
+
+    @staticmethod
+    def _model() -> Any:
+        from modules import sd_models
+
+        model = sd_models.model_data.get_sd_model()
+        return model if hasattr(model, "forge_objects") else None
+
+    @staticmethod
+    def _text_weight(clip: Any, parameter: Tensor, key: str) -> Tensor:
+        """The weight before any LoRA: a merge of the last job may still be in the parameter (backend/patcher/lora.py:300)."""
+        return _dequantised(clip.patcher.lora_loader.backup.get(key, parameter))
+
+
+def rows_of_call(rows: int, images: int, options: Mapping[str, Any]) -> Rows:
+    """The rows of one model call (sampling_function.py:145-270).
+
+    cond_or_uncond has one entry per stretch of the batch, each with one row per image. Where an extension cuts the batch up
+    in its own way (tiles), every row counts as conditional: which is which can no longer be told.
+    """
+    entries = options.get("cond_or_uncond") or [CONDITIONAL]
+    image_of_row = tuple(row % images for row in range(rows))
+    if rows != len(entries) * images:
+        return Rows(image_of_row, (True,) * rows, images)
+    return Rows(image_of_row, tuple(entry == CONDITIONAL for entry in entries for _ in range(images)), images)
+
+
+def text_patches(part: TextPart, names: Mapping[str, Tensor], weight: Any) -> tuple[dict[str, tuple[str, tuple[Any, ...]]], list[str]]:
+    """Patches as ModelPatcher.add_patches takes them, by parameter name, and the layers that this model does not have.
+
+    names: the text encoders' parameters. weight: parameter name -> the layer's weight, dequantised.
+    """
+    by_layer = {}
+    for key in names:
+        encoder, _, path = key.partition(".transformer.")
+        if path.endswith(".weight"):
+            by_layer[encoder, path[: -len(".weight")].replace(".", "_")] = key
+    patches: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    unmatched = []
+    for encoder, layer, branch in part.branches():
+        key = next((by_layer[e, layer] for e in ENCODERS.get(encoder, ()) if (e, layer) in by_layer), None)
+        if key is None:
+            unmatched.append(f"{encoder} {layer}")
+            continue
+        patches[key] = _patch(branch, lambda key=key: weight(key))
+        bias_key = key[: -len("weight")] + "bias"
+        if branch.bias is not None and bias_key in names:
+            patches[bias_key] = ("diff", (branch.bias.float(),))
+    return patches, unmatched
+
+
+def _patch(branch: Branch, weight: Any) -> tuple[str, tuple[Any, ...]]:
+    """A branch in the form of backend/patcher/lora.py:84. Thin matrices stay thin: CLIP-G's full ones would take 2.5 GB."""
+    applied = bound(branch, weight)
+    if isinstance(applied, LowRank):
+        alpha = applied.scale * applied.rank  # divided by the rank there
+        return "lora", (applied.up, applied.down, alpha, None, None)
+    return "diff", (applied.delta_weight(),)
+
+
+def _is_ours(key: tuple[Any, ...]) -> bool:
+    """key: (filename, strength, strength of the model, online), as in ModelPatcher.lora_patches."""
+    return str(key[0]).startswith(PATCH_PREFIX)
+
+
+def _objects(model: Any) -> list[Any]:
+    """Where Forge keeps the patchers in use: of this sampling, and of the samplings to come."""
+    places = ("forge_objects", "forge_objects_after_applying_lora")
+    return [objects for objects in (getattr(model, place, None) for place in places) if objects is not None]
+
+
+def _merges_online(model: Any) -> bool:
+    """Whether Forge itself would leave LoRAs unmerged now (sd_forge_lora/networks.py:119)."""
+    from backend.args import dynamic_args
+
+    plain = model.forge_objects.unet.model.storage_dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return bool(dynamic_args.get("online_lora", False)) and not plain
+
+
+def _dequantised(weight: Tensor) -> Tensor:
+    """A parameter's values: GGUF and bitsandbytes parameters hold packed blocks."""
+    quantisation = getattr(weight, "gguf_cls", None)
+    if quantisation is not None:
+        from backend.operations_gguf import dequantize_tensor
+
+        if not weight.baked:  # type: ignore[attr-defined]
+            weight = weight.copy_with_data(weight.data.clone())  # type: ignore[attr-defined]
+            quantisation.bake(weight)
+        return dequantize_tensor(weight)
+    if getattr(weight, "bnb_quantized", False):
+        from backend.operations_bnb import functional_dequantize_4bit
+
+        return functional_dequantize_4bit(weight)
+    return weight
+
+
+__all__ = ["Forge", "rows_of_call", "text_patches"]

@@ -1,0 +1,241 @@
+"""One pass of denoising (the first pass, or the hires pass) of one batch, and what became of it.
+
+A pass begins when the WebUI activates the tags of a prompt and ends with the next activation or with the job. Its session is
+made at the first denoiser call, because only then is the model that will be used certain to be loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..fusion import FusionError, FusionSession, Report, Rows, Trace
+from ..lora import LoraFile
+from ..settings import FuseSettings
+from .text_parts import TextParts
+
+log = logging.getLogger(__name__)
+
+# (the model call's first argument, its keyword arguments) -> the call's rows; kept for the calls of one denoiser step.
+RowLayout = Callable[[Tensor, Mapping[str, Any]], Rows]
+
+
+class Denoisers(Protocol):
+    """Where a pass finds the host's denoiser."""
+
+    def denoiser(self, cfg_denoiser: Any) -> nn.Module:
+        """The diffusion model that the next model calls go to. Raises FusionError where its layers would not be run."""
+
+    def denoiser_identity(self, cfg_denoiser: Any) -> object:
+        """Changes when the denoiser or the checkpoint in it changes."""
+
+    def weight_of(self, layer: nn.Module) -> Tensor:
+        """A layer's weight as the model computes with it, dequantised: other LoRAs merged, ours not."""
+
+    def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
+        """How the rows of the model calls of one step are ordered. cond: the step's positive conditioning."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A pair of LoRAs that was found and read, and how to fuse it. paths: of subject and style, real paths."""
+
+    settings: FuseSettings
+    subject: LoraFile
+    style: LoraFile
+    paths: frozenset[str]
+    text: TextParts | None
+
+
+@dataclass
+class FusionPass:
+    """One pass.
+
+    error: the sentence that stops the image, instead of a request. batch: number of the batch in the job, from 0.
+    """
+
+    denoisers: Denoisers
+    request: Request | None = None
+    error: str | None = None
+    hires: bool = False
+    batch: int = 0
+    denoising: bool = field(default=False, init=False)
+    _session: FusionSession | None = field(default=None, init=False)
+    _identity: object = field(default=None, init=False)
+    _trace: Trace | None = field(default=None, init=False)
+    _report: Report | None = field(default=None, init=False)
+    _notes: list[str] = field(default_factory=list, init=False)
+    _hook: ExitStack = field(default_factory=ExitStack, init=False)
+
+    @property
+    def settings(self) -> FuseSettings | None:
+        return self.request.settings if self.request else None
+
+    @property
+    def trace(self) -> Trace | None:
+        """What was decided so far; None before the first denoiser call. Of the base model, where a refiner took over."""
+        if self._trace is None and self._session is not None:
+            return self._session.trace
+        return self._trace
+
+    @property
+    def report(self) -> Report | None:
+        """Which layers and keys matched; None before the first denoiser call."""
+        return self._report
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences that the user should see. Asks the device: call it when the pass is over."""
+        session = self._session.notes() if self._session is not None else []
+        return list(dict.fromkeys([*self._notes, *session]))
+
+    def note(self, sentence: str) -> None:
+        """Add a sentence that the user should see."""
+        self._notes.append(sentence)
+
+    def denoise(self, cfg_denoiser: Any, cond: Any, step: Callable[[], Any]) -> Any:
+        """Run one CFGDenoiser.forward fused. Raises RuntimeError with one sentence where the pass cannot be fused."""
+        if self.error is not None:
+            raise RuntimeError(self.error)
+        self.denoising = True
+        try:
+            with self._hook:
+                self._attach(cfg_denoiser, cond)
+                return step()
+        finally:
+            self.denoising = False
+
+    def switch_model(self, cfg_denoiser: Any, switch: Callable[[], bool]) -> bool:
+        """Let the host's refiner take over (or not) inside a denoiser call, and follow it to its model."""
+        switched = switch()
+        if switched and self.denoising:
+            self._hook.close()
+            # The refiner brought its own conditionings; the argument of the running call is the old model's.
+            self._attach(cfg_denoiser, cfg_denoiser.sampler.sampler_extra_args["cond"])
+        return switched
+
+    def finish(self) -> None:
+        """The pass is over: keep the record, let go of the model and of the device's memory."""
+        session, self._session, self._identity = self._session, None, None
+        if session is None:
+            return
+        if self._trace is None:
+            self._trace = session.trace
+        self._notes = list(dict.fromkeys([*self._notes, *session.notes()]))
+        session.release()
+
+    def _attach(self, cfg_denoiser: Any, cond: Any) -> None:
+        session = self._session_for(cfg_denoiser)
+        if session is None:
+            return
+        session.new_step()
+        rows_of = self.denoisers.row_layout(cfg_denoiser, cond)
+        self._hook.enter_context(fused_calls(self.denoisers.denoiser(cfg_denoiser), session, rows_of))
+
+    def _session_for(self, cfg_denoiser: Any) -> FusionSession | None:
+        """The session on the model that is loaded now; None where a refiner is left unfused."""
+        identity = self.denoisers.denoiser_identity(cfg_denoiser)
+        if identity == self._identity:
+            return self._session
+        refiner = self._identity is not None
+        self.finish()
+        assert self.request is not None
+        try:
+            self._session = FusionSession(
+                self.denoisers.denoiser(cfg_denoiser),
+                self.request.subject,
+                self.request.style,
+                self.request.settings,
+                weight_of=self.denoisers.weight_of,
+            )
+        except FusionError as reason:
+            if not refiner:
+                raise
+            self.note(f"The refiner's steps were not fused: {reason}")
+        self._identity = identity
+        if self._report is None and self._session is not None:
+            self._report = self._session.report
+        return self._session
+
+
+@contextmanager
+def fused_calls(model: nn.Module, session: FusionSession, rows_of: RowLayout) -> Iterator[None]:
+    """Every call of the model inside is made with the session attached. The model's own forward is back afterwards."""
+    had_own = "forward" in model.__dict__
+    original = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["x"]
+        with session.attached(rows_of(x, kwargs)):
+            return original(*args, **kwargs)
+
+    model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if had_own:
+            model.forward = original  # type: ignore[method-assign]
+        else:
+            del model.__dict__["forward"]
+
+
+class FusionJob:
+    """What DynFuse did in one job. Lives on the job's processing object as `p.dynfuse`.
+
+    Scripts copy processing objects with everything on them; a record on a copy belongs to the original and is not the copy's.
+    """
+
+    def __init__(self, p: Any):
+        self._owner = weakref.ref(p)
+        self.passes: list[FusionPass] = []
+        self.over = False
+
+    @classmethod
+    def of(cls, p: Any) -> FusionJob | None:
+        """The record of this very object; None if it has none."""
+        job = getattr(p, "dynfuse", None)
+        return job if isinstance(job, cls) and job._owner() is p else None
+
+    @property
+    def current(self) -> FusionPass | None:
+        """The pass that the next denoiser call belongs to; None: it is a plain one."""
+        return self._current if not self.over else None
+
+    _current: FusionPass | None = None
+
+    def begin(self, new: FusionPass | None) -> None:
+        """A prompt's tags were activated: whatever was asked for before no longer holds."""
+        self.finish_current()
+        self._current = new
+        if new is None:
+            return
+        # A prompt may be activated several times before it is used (A1111 with --lowvram, Forge with hires): only passes that ran count,
+        # and only this batch's, so that a hundred batches do not pile up their records.
+        self.passes = [*(p for p in self.passes if p.trace is not None and p.batch == new.batch), new]
+
+    def finish_current(self) -> None:
+        """Let go of the running pass's model, whatever state it was left in."""
+        if self._current is None:
+            return
+        try:
+            self._current.finish()
+        except Exception:
+            log.exception("DynFuse could not read the record of a pass")
+
+    def end(self) -> None:
+        """The job is over, well or badly."""
+        self.finish_current()
+        self.over = True
+
+    def notes(self) -> list[str]:
+        """The sentences of all passes of this batch, each once."""
+        return list(dict.fromkeys(note for p in self.passes for note in p.notes))
+
+
+__all__ = ["Denoisers", "FusionJob", "FusionPass", "Request", "RowLayout", "fused_calls"]
