@@ -1,0 +1,170 @@
+"""Bringing a file's branches to a model's layers, and two files to each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift, bound
+from .naming import Alias, Part, Site, layout_of
+from .reader import LoraFile
+
+# The layer whose input an inpainting model widens by a mask and an image.
+_FIRST_CONVOLUTIONS = ("input_blocks.0.0", "conv_in")
+
+
+@dataclass(frozen=True)
+class SiteBranch:
+    """What a file does at one site.
+
+    branch: of the whole layer that the file names. source: which of its rows belong to the site (None: all). whole: for a file
+    that names a fused layer of this model as one, all the layer's parts in the order of the file's rows. name, file: the layer's
+    flat name and the file's name, for messages.
+    """
+
+    branch: Branch
+    source: Part | None = None
+    whole: tuple[Part, ...] = ()
+    name: str = ""
+    file: str = ""
+
+    def bind(self, site: Site, layer_weight: Callable[[], Tensor], shape: tuple[int, ...] | None = None) -> LowRank | Dense:
+        """The branch of this site, ready to be applied.
+
+        layer_weight: gives the whole layer's weight (out, in[, kh, kw]), dequantised; called only for kinds that depend on it.
+        shape: that weight's shape, where it is known without dequantising; the branch is checked against it and brought to its
+        form (files write a 1 x 1 convolution's matrices in two or four dimensions, and some a kernel flattened).
+        Raises LoraError, naming file and layer, if the branch does not fit.
+        """
+        branch = self.branch
+        if isinstance(branch, FromWeight):
+            weight = layer_weight().detach()
+            shape = tuple(weight.shape)
+            own = self._rows_of_file(site, weight)
+            self._refuse_unless(branch.out in (None, own.shape[0]), site, (branch.out or 0, *own.shape[1:]), tuple(own.shape))
+            if branch.shape is not None:
+                fits = branch.shape[0] == own.shape[0] and math.prod(branch.shape) == own.numel()
+                self._refuse_unless(fits, site, branch.shape, tuple(own.shape))
+            try:
+                made: LowRank | Dense = branch.bind(own)
+            except RuntimeError as error:
+                raise LoraError(f"{self.file} cannot be used: at layer {self.name}, {str(error).splitlines()[0]}.") from None
+        else:
+            made = bound(branch, layer_weight)
+        if self.source is not None:
+            made = made.rows(*self._rows(self.source, made.shape[0]))
+        if shape is None:
+            return made
+        wanted = shape if site.part is None else (self._rows(site.part, shape[0])[1], *shape[1:])
+        return self._fitted(made, wanted, site)
+
+    def _rows_of_file(self, site: Site, weight: Tensor) -> Tensor:
+        """The rows of the layer's weight that the file's tensors stand for, in the file's order."""
+        parts = self.whole or ((site.part,) if site.part is not None else ())
+        if not parts:
+            return weight
+        spans = [self._rows(part, weight.shape[0]) for part in parts]
+        return torch.cat([weight[start : start + length] for start, length in spans])
+
+    def _rows(self, part: Part, total: int) -> tuple[int, int]:
+        try:
+            return part.rows(total)
+        except ValueError as error:
+            raise LoraError(f"{self.file} cannot be used: at layer {self.name}, {error}.") from None
+
+    def _fitted(self, made: LowRank | Dense, wanted: tuple[int, ...], site: Site) -> LowRank | Dense:
+        shape = made.shape
+        if shape == wanted:
+            return made
+        if shape[0] == wanted[0] and math.prod(shape) == math.prod(wanted):
+            if isinstance(made, LowRank):
+                return replace(made, down=made.down.reshape(made.rank, *wanted[1:]))
+            return replace(made, weight=made.weight.reshape(wanted))
+        if (
+            site.layer in _FIRST_CONVOLUTIONS
+            and len(shape) == 4
+            and shape[0] == wanted[0]
+            and shape[1] < wanted[1]
+            and shape[2:] == wanted[2:]
+        ):
+            missing = (0, 0, 0, 0, 0, wanted[1] - shape[1])
+            if isinstance(made, LowRank):
+                return replace(made, down=torch.nn.functional.pad(made.down, missing))
+            return replace(made, weight=torch.nn.functional.pad(made.weight, missing))
+        self._refuse_unless(False, site, shape, wanted)
+        raise AssertionError
+
+    def _refuse_unless(self, fits: bool, site: Site, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if not fits:
+            raise LoraError(
+                f"{self.file} was made for another base model: its layer {self.name} changes a weight of {_times(shape)}, "
+                f"where this model has {_times(wanted)} ({site.layer})."
+            )
+
+
+def branches_by_site(file: LoraFile, aliases: Mapping[str, list[Alias]]) -> tuple[dict[Site, SiteBranch], list[str]]:
+    """(branch at each site of a model, keys of the file that none of its layers takes).
+
+    aliases: of the model (naming.denoiser_aliases). A layer that the file names twice, fused and split, counts as first named. A
+    change that depends on the weight of a fused layer is unmatched on a model whose layer is split.
+    """
+    found: dict[Site, SiteBranch] = {}
+    unmatched: list[str] = []
+    for layer, branch in file.denoiser.items():
+        targets = aliases.get(layer, [])
+        split = isinstance(branch, FromWeight) and len({alias.site.layer for alias in targets}) > 1
+        if not targets or split or any(alias.site in found for alias in targets):
+            unmatched.extend(file.keys.get(layer, (layer,)))
+            continue
+        ordered = sorted(targets, key=lambda alias: alias.source.start if alias.source else 0)
+        whole = tuple(alias.site.part for alias in ordered if alias.site.part is not None) if len(ordered) > 1 else ()
+        for alias in targets:
+            found[alias.site] = SiteBranch(branch, alias.source, whole, layer, file.path.name)
+    for layer in file.norms:
+        if len(aliases.get(layer, [])) != 1:
+            unmatched.extend(file.keys.get(layer, (layer,)))
+    return found, unmatched
+
+
+def norms_by_layer(file: LoraFile, aliases: Mapping[str, list[Alias]]) -> dict[str, NormShift]:
+    """Shifts of the model's normalisation layers, by dotted layer name."""
+    return {targets[0].site.layer: shift for layer, shift in file.norms.items() if len(targets := aliases.get(layer, [])) == 1}
+
+
+def compatible(a: LoraFile, b: LoraFile) -> str | None:
+    """Why two LoRAs cannot be fused on one model, in a sentence; None if nothing speaks against it."""
+    if a.family is not None and b.family is not None and a.family != b.family:
+        return f"{a.path.name} was made for {a.family} and {b.path.name} for {b.family}: both must be for the same base model."
+    kinds = [_architectures(file) for file in (a, b)]
+    if kinds[0] and kinds[1] and not kinds[0] & kinds[1]:
+        return f"{a.path.name} was made for {_either(kinds[0])} and {b.path.name} for {_either(kinds[1])}: both must be for the same base model."
+    for layer, branch in a.denoiser.items():
+        other = b.denoiser.get(layer)
+        if other is None or branch.shape is None or other.shape is None:
+            continue
+        if branch.shape[0] != other.shape[0] or math.prod(branch.shape) != math.prod(other.shape):
+            return (
+                f"{a.path.name} and {b.path.name} were made for different base models: layer {layer} has "
+                f"{_times(branch.shape)} weights in one and {_times(other.shape)} in the other."
+            )
+    return None
+
+
+def _architectures(file: LoraFile) -> set[str]:
+    layouts = {layout for layer in (*file.denoiser, *file.norms) if (layout := layout_of(layer)) is not None}
+    return {"a Flux model" if layout.startswith("Flux") else "a U-Net (SD 1.x, SD 2.x or SDXL)" for layout in layouts}
+
+
+def _either(kinds: set[str]) -> str:
+    return " or ".join(sorted(kinds))
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+__all__ = ["SiteBranch", "branches_by_site", "compatible", "norms_by_layer"]
