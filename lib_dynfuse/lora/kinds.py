@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,17 +58,17 @@ def loha(tensors: Tensors) -> Composed:
     w_a: (out, rank), w_b: (rank, in[*kh*kw]). In the Tucker form (arXiv:2108.06098, proposition 3) w_a: (rank, out), w_b: (rank, in),
     t: (rank, rank, kh, kw), and a factor is sum_ij t[i, j] w_a[i, o] w_b[j, i'].
     """
-    factors = [(tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"], tensors.get(f"hada_t{n}")) for n in (1, 2)]
-    shapes = [_factor_shape(*factor) for factor in factors]
-    _need(shapes[0] == shapes[1], f"its two factors make up {_times(shapes[0])} and {_times(shapes[1])}, which cannot be multiplied")
-    rank = factors[0][1].shape[0]
-    scale = _scale(tensors, rank)
+    first, second = (_Factor(tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"], tensors.get(f"hada_t{n}")) for n in (1, 2))
+    _need(
+        first.shape == second.shape,
+        f"its two factors make up {_times(first.shape)} and {_times(second.shape)}, which cannot be multiplied",
+    )
+    scale = _scale(tensors, first.rank or 0)
 
     def make() -> Tensor:
-        first, second = (_factor(*factor) for factor in factors)
-        return scale * first.mul_(second)
+        return scale * first.made().mul_(second.made())
 
-    return Composed(make, shapes[0], rank, _checked_bias(tensors.get("diff_b"), shapes[0][0]))
+    return Composed(make, first.shape, first.rank, _checked_bias(tensors.get("diff_b"), first.shape[0]))
 
 
 def lokr(tensors: Tensors) -> LowRank | Composed:
@@ -77,47 +78,25 @@ def lokr(tensors: Tensors) -> LowRank | Composed:
     The scale is alpha/rank with the rank of a decomposed factor (w2's where both are, as in A1111 and Forge), and 1 if none is.
     With a decomposed w2, kron(w1, a @ b) = kron(w1, a) @ kron(1, b): two small products instead of a full matrix where they are smaller.
     """
-    first, a1, b1 = (tensors.get(name) for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b"))
-    second, a2, b2, t2 = (tensors.get(name) for name in ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"))
-    rank: int | None = None
-    if first is None:
-        _need(a1 is not None and b1 is not None, "its first factor is incomplete")
-        assert a1 is not None and b1 is not None
-        shape1, rank = _factor_shape(a1, b1, None), b1.shape[0]
-    else:
-        shape1 = tuple(first.shape)
-    if second is None:
-        _need(a2 is not None and b2 is not None, "its second factor is incomplete")
-        assert a2 is not None and b2 is not None
-        shape2, rank = _factor_shape(a2, b2, t2), b2.shape[0]
-    else:
-        shape2 = tuple(second.shape)
-    _need(len(shape1) == 2 and len(shape2) in (2, 4), f"its factors are {_times(shape1)} and {_times(shape2)}, which make up no weight")
-    scale = 1.0 if rank is None and "scale" not in tensors else _scale(tensors, rank or 1)
-    shape = (shape1[0] * shape2[0], shape1[1] * shape2[1], *shape2[2:])
+    first, second = _Factor.of(tensors, "w1", "first"), _Factor.of(tensors, "w2", "second")
+    _need(
+        len(first.shape) == 2 and len(second.shape) in (2, 4),
+        f"its factors are {_times(first.shape)} and {_times(second.shape)}, which make up no weight",
+    )
+    rank = second.rank or first.rank
+    scale = _scale(tensors, rank) if rank is not None else 1.0 if "scale" not in tensors else _number(tensors["scale"])
+    shape = (first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], *second.shape[2:])
     bias = _checked_bias(tensors.get("diff_b"), shape[0])
-
-    def left() -> Tensor:
-        if first is not None:
-            return first.float()
-        assert a1 is not None and b1 is not None
-        return _factor(a1, b1, None)
-
-    if second is None and t2 is None:
-        assert a2 is not None and b2 is not None
-        products = shape1[1] * a2.shape[1]  # rank of the two products
+    if second.b is not None and second.t is None:
+        products = first.shape[1] * second.b.shape[0]  # rank of the two products
         if products * (shape[0] + math.prod(shape[1:])) < math.prod(shape):
-            up = torch.kron(left(), a2.flatten(1).float())
-            down = torch.kron(torch.eye(shape1[1]), b2.flatten(1).float()).reshape(products, *shape[1:])
+            up = torch.kron(first.made(), second.a.flatten(1).float())
+            down = torch.kron(torch.eye(first.shape[1]), second.b.flatten(1).float()).reshape(products, *shape[1:])
             return LowRank(down, up, scale, bias)
 
     def make() -> Tensor:
-        if second is not None:
-            right = second.float()
-        else:
-            assert a2 is not None and b2 is not None
-            right = _factor(a2, b2, t2)
-        return scale * torch.kron(left().reshape(*shape1, *(1,) * (len(shape2) - 2)), right.contiguous())
+        left, right = first.made(), second.made().contiguous()
+        return scale * torch.kron(left.reshape(*left.shape, *(1,) * (right.dim() - 2)), right)
 
     return Composed(make, shape, rank, bias)
 
@@ -318,24 +297,57 @@ def _refined(name: str, branch: Branch | NormShift) -> str:
     return "norm" if isinstance(branch, NormShift) else name
 
 
-def _factor_shape(a: Tensor, b: Tensor, t: Tensor | None) -> tuple[int, ...]:
-    """Shape of `_factor`. Raises LoraError if the tensors do not fit each other."""
-    if t is None:
-        a = a.flatten(1) if a.dim() == 4 else a
-        _need(a.dim() == 2 and b.dim() in (2, 4) and a.shape[1] == b.shape[0], f"its two halves differ in rank: {_size(a)} and {_size(b)}")
-        return (a.shape[0], *b.shape[1:])
-    _need(
-        a.dim() == 2 and b.dim() == 2 and t.dim() == 4 and tuple(t.shape[:2]) == (a.shape[0], b.shape[0]),
-        f"its three tensors do not fit each other: {_size(a)}, {_size(t)}, {_size(b)}",
-    )
-    return (a.shape[1], b.shape[1], *t.shape[2:])
+@dataclass(frozen=True)
+class _Factor:
+    """A matrix or kernel that is stored whole (a), as a product a @ b, or as a Tucker product of a, b and the kernel t.
 
+    a: (n, rank), b: (rank, m[, kh, kw]); with t (rank, rank, kh, kw): a (rank, n), b (rank, m), summed over both ranks.
+    """
 
-def _factor(a: Tensor, b: Tensor, t: Tensor | None) -> Tensor:
-    """a @ b, or their Tucker product with the kernel t, in float32."""
-    if t is None:
-        return (a.flatten(1).float() @ b.flatten(1).float()).reshape(_factor_shape(a, b, t))
-    return torch.einsum("ijkl,jr,ip->prkl", t.float(), b.float(), a.float())
+    a: Tensor
+    b: Tensor | None = None
+    t: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Tensors, name: str, which: str) -> _Factor:
+        """LoKr's w1 or w2. Raises LoraError if it is incomplete."""
+        whole, a, b = (tensors.get(f"lokr_{name}{ending}") for ending in ("", "_a", "_b"))
+        if whole is not None:
+            return cls(whole)
+        if a is None or b is None:
+            raise LoraError(f"its {which} factor is incomplete")
+        return cls(a, b, tensors.get("lokr_t2") if name == "w2" else None)
+
+    def __post_init__(self) -> None:
+        a, b, t = self.a, self.b, self.t
+        if b is None:
+            return
+        if t is None:
+            fits = a.dim() in (2, 4) and b.dim() in (2, 4) and a.flatten(1).shape[1] == b.shape[0]
+            _need(fits, f"its two halves differ in rank: {_size(a)} and {_size(b)}")
+        else:
+            fits = a.dim() == 2 and b.dim() == 2 and t.dim() == 4 and tuple(t.shape[:2]) == (a.shape[0], b.shape[0])
+            _need(fits, f"its three tensors do not fit each other: {_size(a)}, {_size(t)}, {_size(b)}")
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.b is None else self.b.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.b is None:
+            return tuple(self.a.shape)
+        if self.t is None:
+            return (self.a.shape[0], *self.b.shape[1:])
+        return (self.a.shape[1], self.b.shape[1], *self.t.shape[2:])
+
+    def made(self) -> Tensor:
+        """The factor in float32."""
+        if self.b is None:
+            return self.a.float()
+        if self.t is None:
+            return (self.a.flatten(1).float() @ self.b.flatten(1).float()).reshape(self.shape)
+        return torch.einsum("ijkl,jr,ip->prkl", self.t.float(), self.b.float(), self.a.float())
 
 
 def _rotation(blocks: Tensor, limit: float | None) -> Tensor:

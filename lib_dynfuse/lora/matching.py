@@ -138,10 +138,10 @@ def norms_by_layer(file: LoraFile, aliases: Mapping[str, list[Alias]]) -> dict[s
 def compatible(a: LoraFile, b: LoraFile) -> str | None:
     """Why two LoRAs cannot be fused on one model, in a sentence; None if nothing speaks against it."""
     if a.family is not None and b.family is not None and a.family != b.family:
-        return f"{a.path.name} was made for {a.family} and {b.path.name} for {b.family}: both must be for the same base model."
+        return _different(a, a.family, b, b.family)
     kinds = [_architectures(file) for file in (a, b)]
     if kinds[0] and kinds[1] and not kinds[0] & kinds[1]:
-        return f"{a.path.name} was made for {_either(kinds[0])} and {b.path.name} for {_either(kinds[1])}: both must be for the same base model."
+        return _different(a, _either(kinds[0]), b, _either(kinds[1]))
     for layer, branch in a.denoiser.items():
         other = b.denoiser.get(layer)
         if other is None or branch.shape is None or other.shape is None:
@@ -152,6 +152,10 @@ def compatible(a: LoraFile, b: LoraFile) -> str | None:
                 f"{_times(branch.shape)} weights in one and {_times(other.shape)} in the other."
             )
     return None
+
+
+def _different(a: LoraFile, one: str, b: LoraFile, other: str) -> str:
+    return f"{a.path.name} was made for {one} and {b.path.name} for {other}: both must be for the same base model."
 
 
 def _architectures(file: LoraFile) -> set[str]:

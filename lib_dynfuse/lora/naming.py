@@ -385,10 +385,9 @@ def parse_key(key: str) -> KeyName | None:
     """What a key of a LoRA file says, or None for a key that no LoRA dialect has."""
     if key.startswith("bundle_emb."):
         return KeyName("embedding", key.split(".")[1], "", "")
-    for pattern, style in _ROLES:
-        if found := pattern.fullmatch(key):
-            break
-    else:
+    matches = ((found, style) for pattern, style in _ROLES if (found := pattern.fullmatch(key)))
+    found, style = next(matches, (None, ""))
+    if found is None:
         return None
     groups = found.groupdict()
     role = _ROLE_NAMES.get(groups["role"], groups["role"])
@@ -526,8 +525,8 @@ def block_label(site: Site) -> str:
 _PART_NAMES = {
     "linear1": {part: new.removeprefix("attn.").removeprefix("to_").removeprefix("proj_") for new, part in _FLUX_LINEAR1.items()},
     "qkv": {_Q: "q", _K: "k", _V: "v"},
-    _FLUX_SHIFT: dict(zip(_HALVES, ("shift", "scale"))),
-    _FLUX_SCALE: dict(zip(_HALVES, ("scale", "shift"))),
+    _FLUX_SHIFT: dict(zip(_HALVES, ("shift", "scale"), strict=True)),
+    _FLUX_SCALE: dict(zip(_HALVES, ("scale", "shift"), strict=True)),
 }
 
 
