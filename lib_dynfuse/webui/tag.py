@@ -23,6 +23,7 @@ SYNTAX = "<dynfuse:SUBJECT:STYLE>"
 RESERVED = '%:<>=,"#\n\r'
 
 _ERROR_KEY = "error"
+_ERROR_START = f"<dynfuse:{_ERROR_KEY}="
 # Cut as the host cuts (modules/extra_networks.py, re_extra_net): "<lora:dog<dynfuse:a:b>" is one tag, and not ours.
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 _ESCAPED = re.compile("|".join(f"%{ord(character):02X}" for character in RESERVED), re.IGNORECASE)
@@ -60,7 +61,12 @@ def format_error(sentence: str) -> str:
     The panel and the API hand their mistakes on this way: a WebUI swallows what a script's hook raises, and a tag is
     read where an exception reaches the user.
     """
-    return f"<dynfuse:{_ERROR_KEY}={escape(sentence)}>"
+    return f"{_ERROR_START}{escape(sentence)}>"
+
+
+def is_error(text: str) -> bool:
+    """Whether a tag is one of format_error's."""
+    return text.startswith(_ERROR_START)
 
 
 def parse_tag(items: Sequence[str]) -> FuseSettings:

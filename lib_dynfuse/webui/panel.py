@@ -1,0 +1,169 @@
+"""The accordion "DynFuse" in txt2img and img2img, built from the fields of FuseSettings.
+
+Builds under gradio 3.41 (A1111) and 4.40 (Forge). The controls, after the switch, stand in the order of FuseSettings:
+that order is the script's argument order, and public. Labels are keys of the user's ui-config.json: a renamed label
+loses the defaults saved under it.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..hosts.base import WebUIHost
+from ..settings import FuseSettings, SettingsError, field_metadata, field_types
+from . import infotext, pictures
+
+TITLE = "DynFuse"
+SWITCH_TOOLTIP = "Fuse a subject LoRA and a style LoRA. A <dynfuse:...> tag in the prompt goes before what is chosen here."
+LORA_FIELDS = infotext.LORA_FIELDS
+MAIN_FIELDS = (*LORA_FIELDS, "subject_weight", "style_weight", "method", "criterion")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The built controls.
+
+    enabled: the switch. fields: by field name, in the order of FuseSettings. result: where the job's picture goes.
+    """
+
+    enabled: Any
+    fields: dict[str, Any]
+    result: Any
+
+    @property
+    def arguments(self) -> list[Any]:
+        """What the script's ui() returns, and in this order."""
+        return [self.enabled, *self.fields.values()]
+
+
+def build(tab: str, host: WebUIHost) -> Panel:
+    """Build the accordion inside the current gradio context. tab: "txt2img" or "img2img"; it keeps element ids apart."""
+    # Looked up at each build: Reload UI may reload the host's ui modules (initialize.py, initialize_rest).
+    from modules.ui_common import create_refresh_button
+    from modules.ui_components import InputAccordion
+
+    def element(name: str) -> str:
+        return f"dynfuse_{tab}_{name}"
+
+    def choices() -> dict[str, list[str]]:
+        return {"choices": host.lora_names()}
+
+    fields: dict[str, Any] = {}
+
+    def add(name: str) -> Any:
+        fields[name] = _control(name, element(name), host)
+        return fields[name]
+
+    # A class on A1111, a function on Forge: only called, never tested for its type.
+    with InputAccordion(False, label=TITLE, elem_id=element("panel")) as enabled:
+        enabled.webui_tooltip = SWITCH_TOOLTIP
+        with gr.Row(elem_id=element("pair"), elem_classes=["dynfuse-pair"]):
+            for name in LORA_FIELDS:
+                with gr.Row(elem_id=element(f"{name}_part"), elem_classes=["dynfuse-part"]):
+                    thumbnail = gr.HTML(value=_thumbnail(host, ""), elem_id=element(f"{name}_preview"), elem_classes=["dynfuse-preview"])
+                    with gr.Column(elem_classes=["dynfuse-choice"], min_width=160):
+                        with gr.Row(elem_classes=["dynfuse-name"]):
+                            dropdown = add(name)
+                            create_refresh_button(
+                                dropdown, host.refresh, lambda: {"choices": host.lora_names()}, element(f"{name}_refresh")
+                            )
+                        add(f"{name}_weight")
+                _quietly(dropdown.change, functools.partial(_thumbnail, host), inputs=[dropdown], outputs=[thumbnail])
+        with gr.Row(elem_classes=["dynfuse-row"]):
+            add("method")
+            add("criterion")
+        with gr.Accordion("Advanced", open=False, elem_id=element("advanced"), elem_classes=["dynfuse-advanced"]):
+            rest = [name for name in field_types() if name not in MAIN_FIELDS]
+            for pair in zip(rest[::2], [*rest[1::2], None], strict=False):
+                with gr.Row(elem_classes=["dynfuse-row"]):
+                    for name in filter(None, pair):
+                        add(name)
+        result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
+
+    return Panel(enabled, {name: fields[name] for name in field_types()}, result)
+
+
+def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable[[], str]) -> None:
+    """Show result_html() in the panel whenever component's value changes.
+
+    component: the host's hidden "generation_info" box of the tab, which every finished job fills anew.
+    """
+    _quietly(component.change, result_html, inputs=[], outputs=[panel.result])
+
+
+@functools.cache
+def paste_functions(host: WebUIHost) -> Mapping[str, Callable[[Mapping[str, Any]], Any]]:
+    """What a pasted infotext sets each control to: by field name, and "enabled" for the switch.
+
+    Always the same functions for a host: "Send to img2img" finds a control of the other tab by its function.
+    None leaves a control as it is.
+    """
+
+    def reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
+        def read(entries: Mapping[str, Any]) -> Any:
+            if not infotext.is_enabled(entries):
+                return None
+            try:
+                value = infotext.read_value(entries, name)
+            except SettingsError:
+                # warn_about_paste has told the user.
+                return getattr(FuseSettings(), name)
+            if name not in LORA_FIELDS:
+                return value
+            return renaming(host)(value, infotext.read_hashes(entries).get(value))
+
+        return read
+
+    return {"enabled": infotext.is_enabled, **{name: reader(name) for name in field_types()}}
+
+
+def renaming(host: WebUIHost) -> Callable[[str, str | None], str]:
+    """The host's answer to infotext.known_name."""
+    return infotext.known_name(lambda name: host.lora_path(name) is not None, host.lora_name_by_hash)
+
+
+def warn_about_paste(entries: Mapping[str, Any]) -> None:
+    """Show the user which pasted settings cannot be used here; they are replaced by their defaults."""
+    if not infotext.is_enabled(entries):
+        return
+    for name in field_types():
+        try:
+            infotext.read_value(entries, name)
+        except SettingsError as error:
+            gr.Warning(f"DynFuse: the pasted {error}; the default is used")
+
+
+def _control(name: str, element: str, host: WebUIHost) -> Any:
+    metadata = field_metadata(name)
+    common = {"label": metadata["label"], "value": getattr(FuseSettings(), name), "elem_id": element}
+    if name in LORA_FIELDS:
+        # Custom values: an alias, or a LoRA of a pasted image that is not here, must reach the script, which says so in words.
+        control = gr.Dropdown(choices=host.lora_names(), allow_custom_value=True, **common)
+    elif name in ("method", "criterion"):
+        control = gr.Radio(choices=list(metadata["choices"]), **common)
+    elif metadata["choices"]:
+        control = gr.Dropdown(choices=list(metadata["choices"]), **common)
+    else:
+        lowest, highest, step = metadata["slider"]
+        control = gr.Slider(minimum=lowest, maximum=highest, step=step, **common)
+    # The hosts turn this attribute into the element's title (javascript/hints.js); gradio itself has no tooltips.
+    control.webui_tooltip = metadata["tooltip"]
+    return control
+
+
+def _thumbnail(host: WebUIHost, name: str | None) -> str:
+    path = host.lora_preview(name) if name else None
+    address = pictures.thumbnail_address(path) if path else None
+    if address is None:
+        return f'<div class="dynfuse-thumbnail dynfuse-no-picture">{"no preview" if name else ""}</div>'
+    return f'<img class="dynfuse-thumbnail" src="{address}" alt="{html.escape(name or "", quote=True)}">'
+
+
+def _quietly(event: Callable[..., Any], function: Callable[..., Any], **wiring: Any) -> None:
+    event(fn=function, show_progress="hidden", queue=False, **wiring)

@@ -1,0 +1,164 @@
+"""The script a WebUI runs for every job, and its callbacks.
+
+The panel's settings travel as a prompt tag: the batch's first prompt gets one before the host parses it, so that panel,
+tag and API take one path, and the host's caches of text conditionings see the settings. The host part of DynFuse reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from modules import errors, extra_networks, script_callbacks, scripts
+from modules.infotext_utils import PasteField
+
+from ..hosts.base import detect
+from ..settings import FuseSettings, SettingsError
+from . import infotext, options, panel, results, tag
+from .arguments import read_arguments
+
+EXTRA_NETWORK = "dynfuse"
+
+
+class DynFuseScript(scripts.Script):
+    """The panel, and what it does to a job."""
+
+    def __init__(self) -> None:
+        self._panel: panel.Panel | None = None
+
+    def title(self) -> str:
+        return panel.TITLE
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        built = self._panel = panel.build(_tab(is_img2img), detect())
+        functions = panel.paste_functions(detect())
+        self.infotext_fields = [
+            PasteField(built.enabled, functions["enabled"]),
+            *(PasteField(control, functions[name]) for name, control in built.fields.items()),
+        ]
+        # "Send to img2img" carries over the controls whose paste functions are listed here (infotext_utils.connect_paste_params_buttons).
+        self.paste_field_names = list(functions.values())
+        return built.arguments
+
+    def after_component(self, component: Any, **kwargs: Any) -> None:
+        tab = _tab(self.is_img2img)
+        if self._panel is not None and kwargs.get("elem_id") == f"generation_info_{tab}":
+            panel.refresh_result_on_change(component, self._panel, functools.partial(results.result_html, tab))
+
+    def process(self, p: Any, *arguments: Any) -> None:
+        results.forget(_tab(self.is_img2img))
+        for key in [key for key in p.extra_generation_params if key == infotext.ENABLED or key.startswith(f"{infotext.ENABLED} ")]:
+            del p.extra_generation_params[key]
+        prompts = [*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or [])]
+        tags = [items for prompt in prompts for items in tag.find_tags(prompt)]
+        names = [name for settings in _readable(tags) for name in (settings.subject, settings.style)]
+        settings = _settings_or_none(arguments)
+        # A tag in a prompt goes before the panel, whose settings then made no image.
+        if settings is not None and not all(tag.find_tags(prompt) for prompt in prompts):
+            p.extra_generation_params.update(infotext.settings_fields(settings))
+            names += [settings.subject, settings.style]
+        p.extra_generation_params.update(infotext.hash_field(names, detect().lora_hash))
+        if p.disable_extra_networks and (settings is not None or tags):
+            note = "extra networks are disabled for this job, so the LoRAs were not fused"
+            p.comment(f"DynFuse: {note}")
+            p.extra_generation_params[infotext.NOTE] = note
+
+    def before_process_batch(self, p: Any, *arguments: Any, prompts: list[str], **kwargs: Any) -> None:
+        text = _tag_for(arguments)
+        if text and prompts and (tag.is_error(text) or not tag.find_tags(prompts[0])):
+            # In front: behind an unclosed "<lora:" the host would take it for a part of that tag.
+            # prompts is the batch's own slice of p.all_prompts; the infotext's prompt stays as the user wrote it.
+            prompts[0] = text + prompts[0]
+
+    def process_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
+        text = _tag_for(arguments)
+        data = getattr(p, "hr_extra_network_data", None) if getattr(p, "enable_hr", False) else None
+        if text and data is not None and EXTRA_NETWORK not in data:
+            data[EXTRA_NETWORK] = [extra_networks.ExtraNetworkParams(items=items) for items in tag.find_tags(text)]
+
+    def postprocess(self, p: Any, processed: Any, *arguments: Any) -> None:
+        results.remember(_tab(self.is_img2img), detect().passes(p))
+
+
+class DynFuseNetwork(extra_networks.ExtraNetwork):
+    """Makes the tag known to the host, which cuts it out of the prompt and would otherwise log it as unknown.
+
+    It does nothing itself: the host may call it after its LoRA module, when the pair is merged already. The host part of
+    DynFuse reads the tag before any network is activated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(EXTRA_NETWORK)
+
+    def activate(self, p: Any, params_list: list[Any]) -> None: ...
+
+    def deactivate(self, p: Any) -> None: ...
+
+
+def register() -> None:
+    """Tell the host about us. Called each time it loads the script file; it has forgotten all callbacks by then."""
+    options.register()
+    script_callbacks.on_before_ui(_before_ui)
+    script_callbacks.on_script_unloaded(_unloaded)
+    script_callbacks.on_infotext_pasted(_infotext_pasted)
+    script_callbacks.on_image_saved(_image_saved)
+
+
+def _before_ui() -> None:
+    # Not earlier: the registry of extra networks is emptied after the scripts have loaded (initialize.py, initialize_rest).
+    # Also called without a user interface (--nowebui).
+    extra_networks.register_extra_network(DynFuseNetwork())
+    detect().install(tag.parse_tags)
+
+
+def _unloaded() -> None:
+    detect().uninstall()
+
+
+def _image_saved(parameters: Any) -> None:
+    # Also called for images of other tabs, with whatever they have for a processing object.
+    results.save_beside(parameters.filename, detect().passes(parameters.p))
+
+
+def _infotext_pasted(text: str, entries: dict[str, Any]) -> None:
+    hashes = infotext.read_hashes(entries)
+    for key in ("Prompt", "Hires prompt"):
+        if hashes and entries.get(key):
+            entries[key] = infotext.renamed_tags(entries[key], hashes, panel.renaming(detect()))
+    panel.warn_about_paste(entries)
+
+
+def _tab(is_img2img: bool) -> str:
+    return "img2img" if is_img2img else "txt2img"
+
+
+def _settings_or_none(arguments: Sequence[Any]) -> FuseSettings | None:
+    try:
+        return read_arguments(arguments)
+    except SettingsError:
+        return None
+
+
+def _readable(tags: list[list[str]]) -> Iterator[FuseSettings]:
+    for items in tags:
+        try:
+            yield tag.parse_tag(items)
+        except SettingsError:
+            continue
+
+
+def _tag_for(arguments: Sequence[Any]) -> str | None:
+    """The tag that says what the panel or the API asks for, also when it asks for something impossible; None when switched off."""
+    try:
+        settings = read_arguments(arguments)
+    except SettingsError as error:
+        return tag.format_error(str(error))
+    except Exception as error:
+        # The host would print this and go on to make an image without us.
+        errors.report("DynFuse cannot read its arguments", exc_info=True)
+        return tag.format_error(f"cannot read the script's arguments: {error!r}")
+    return None if settings is None else tag.format_tag(settings)

@@ -1,0 +1,142 @@
+"""The panel is built with the installed gradio: 3.41 in A1111's environment, 4.40 in Forge's."""
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from lib_dynfuse.settings import FuseSettings, field_metadata, field_types
+from lib_dynfuse.webui import infotext, panel
+from lib_dynfuse.webui.arguments import read_arguments
+from tests.webui.conftest import FakeHost
+
+
+@pytest.fixture
+def built(webui, host):
+    with gr.Blocks() as demo:
+        made = panel.build("txt2img", host)
+        other = panel.build("img2img", host)
+    return demo, made, other
+
+
+def components(demo):
+    return demo.get_config_file()["components"]
+
+
+def test_the_panel_has_a_control_for_every_field_in_the_public_order(built):
+    _, made, _ = built
+    assert list(made.fields) == list(field_types())
+    assert [control.label for control in made.arguments] == ["DynFuse", *(field_metadata(name)["label"] for name in field_types())]
+
+
+def test_untouched_controls_mean_the_default_settings(built):
+    _, made, _ = built
+    values = [control.value for control in made.arguments]
+    assert values[0] is False
+    assert read_arguments([True, "dog", "watercolor", *values[3:]]) == FuseSettings(subject="dog", style="watercolor")
+
+
+def test_every_control_has_a_value_of_its_fields_type(built):
+    _, made, _ = built
+    for name, kind in field_types().items():
+        assert isinstance(made.fields[name].value, kind), name
+
+
+def test_controls_offer_what_the_settings_permit(built):
+    _, made, _ = built
+    for name, control in made.fields.items():
+        metadata = field_metadata(name)
+        if metadata["choices"]:
+            assert [choice[0] if isinstance(choice, tuple) else choice for choice in control.choices] == list(metadata["choices"])
+        elif metadata["slider"]:
+            assert (control.minimum, control.maximum, control.step) == metadata["slider"]
+
+
+def test_every_control_has_a_tooltip_and_an_element_to_carry_it(built):
+    _, made, _ = built
+    for control in made.arguments:
+        assert len(control.webui_tooltip) > 20
+        assert control.elem_id
+
+
+def test_the_tabs_share_labels_but_no_element_ids(built):
+    demo, made, other = built
+    assert [control.label for control in made.arguments] == [control.label for control in other.arguments]
+    ids = [component["props"].get("elem_id") for component in components(demo)]
+    ours = [element for element in ids if element and element.startswith("dynfuse_")]
+    assert len(ours) == len(set(ours)) > 2 * len(field_types())
+
+
+def test_the_refresh_buttons_offer_new_loras(built, host):
+    demo, *_ = built
+    buttons = [block for block in demo.blocks.values() if str(block.elem_id).endswith("_refresh")]
+    assert len(buttons) == 4
+    host.loras["fox"] = "ff00"
+    assert "fox" in buttons[0].refresh_choices()
+    assert host.refreshed == 1
+
+
+def test_choosing_a_lora_shows_its_preview(webui, tmp_path):
+    picture = tmp_path / "dog.preview.png"
+    Image.new("RGBA", (300, 500), "red").save(picture)
+    host = FakeHost(previews={"dog": str(picture), "ink": str(tmp_path / "gone.png")})
+    with gr.Blocks() as demo:
+        panel.build("txt2img", host)
+    changes = [function.fn for function in functions(demo) if function.fn is not None]
+    assert len(changes) == 2
+    assert "data:image/jpeg;base64," in changes[0]("dog")
+    assert "no preview" in changes[1]("ink")
+    assert "no preview" in changes[1]("unknown")
+    assert "no preview" not in changes[0](None)
+
+
+def test_a_preview_that_is_no_picture_is_not_shown(webui, tmp_path):
+    film = tmp_path / "dog.png"
+    film.write_bytes(b"\x00\x00\x00 ftypmp42")
+    host = FakeHost(previews={"dog": str(film)})
+    with gr.Blocks() as demo:
+        panel.build("txt2img", host)
+    assert "no preview" in functions(demo)[0].fn("dog")
+
+
+def functions(demo):
+    """The event handlers of a page, by gradio's version."""
+    return list(demo.fns.values()) if isinstance(demo.fns, dict) else list(demo.fns)
+
+
+@pytest.fixture
+def paste(host):
+    functions = panel.paste_functions(host)
+    return lambda entries: {name: function(entries) for name, function in functions.items()}
+
+
+def test_pasting_restores_every_control(paste):
+    settings = FuseSettings(subject="dog", style="watercolor", style_weight=0.5, criterion="cosine", bias=2.0)
+    pasted = paste(infotext.settings_fields(settings))
+    assert pasted.pop("enabled") is True
+    assert FuseSettings(**pasted) == settings
+
+
+def test_pasting_an_image_made_without_dynfuse_switches_it_off_and_leaves_the_rest(paste):
+    pasted = paste({"Steps": "20"})
+    assert pasted.pop("enabled") is False
+    assert set(pasted.values()) == {None}
+
+
+def test_pasting_finds_loras_by_hash(paste):
+    settings = FuseSettings(subject="hund", style="watercolor")
+    pasted = paste({**infotext.settings_fields(settings), **infotext.hash_field(["hund", "watercolor"], {"hund": "aa11"}.get)})
+    assert (pasted["subject"], pasted["style"]) == ("dog", "watercolor")
+
+
+def test_pasting_an_impossible_value_gives_the_default_and_a_warning(paste, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(gr, "Warning", warnings.append)
+    entries = {"DynFuse": "True", "DynFuse subject": "dog", "DynFuse criterion": "euclid"}
+    assert paste(entries)["criterion"] == "kl"
+    panel.warn_about_paste(entries)
+    assert len(warnings) == 1
+    assert "criterion must be one of" in warnings[0]
+
+
+def test_both_tabs_are_pasted_by_the_same_functions(host):
+    assert panel.paste_functions(host) is panel.paste_functions(host)

@@ -1,0 +1,180 @@
+import gradio as gr
+import pytest
+
+from lib_dynfuse.settings import FuseSettings, SettingsError
+from lib_dynfuse.webui import tag
+from tests.webui.conftest import Job, extra_network_data
+
+PAIR = {"subject": "dog", "style": "watercolor"}
+ON = (True, PAIR)
+OFF = (False, PAIR)
+
+
+@pytest.fixture
+def script(script_module):
+    made = script_module.DynFuseScript()
+    made.is_img2img = False
+    return made
+
+
+def request(data):
+    """What the host part reads of the tags in a prompt's extra network data."""
+    return tag.parse_tags([parameters.items for parameters in (data or {}).get("dynfuse", [])])
+
+
+def test_the_panels_settings_become_the_batchs_tag(script):
+    job = Job("a dog <lora:ink:1>", "a cat")
+    assert request(job.run_batch(script, *ON)) == FuseSettings(**PAIR)
+    assert job.all_prompts == ["a dog <lora:ink:1>", "a cat"]
+
+
+def test_a_switched_off_panel_changes_nothing(script):
+    job = Job("a dog", hr_prompts=["a dog"])
+    assert job.run_batch(script, *OFF) == {}
+    assert job.extra_generation_params == {}
+    assert job.hr_extra_network_data == {}
+
+
+def test_a_tag_works_with_the_panel_switched_off(script):
+    assert request(Job("<dynfuse:dog:ink:0.5>").run_batch(script, *OFF)) == FuseSettings(subject="dog", style="ink", subject_weight=0.5)
+
+
+def test_a_tag_goes_before_the_panel(script):
+    job = Job("a dog <dynfuse:fox:ink>")
+    assert request(job.run_batch(script, *ON)) == FuseSettings(subject="fox", style="ink")
+    assert "DynFuse" not in job.extra_generation_params
+
+
+def test_an_unclosed_tag_before_ours_does_not_swallow_it(script):
+    assert request(Job("a dog <lora:ink").run_batch(script, *ON)) == FuseSettings(**PAIR)
+
+
+def test_the_hires_pass_gets_the_panels_settings_too(script):
+    job = Job("a dog", hr_prompts=["a dog, sharp"])
+    job.run_batch(script, *ON)
+    assert request(job.hr_extra_network_data) == FuseSettings(**PAIR)
+
+
+def test_a_hires_prompts_own_tag_goes_before_the_panel(script):
+    job = Job("a dog", hr_prompts=["a dog <dynfuse:fox:ink>"])
+    first = job.run_batch(script, *ON)
+    assert request(first) == FuseSettings(**PAIR)
+    assert request(job.hr_extra_network_data) == FuseSettings(subject="fox", style="ink")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((True, {**PAIR, "colour": 1}), "unknown setting 'colour'"),
+        ((True, {**PAIR, "style_weight": "much"}), "style_weight must be a number"),
+        ((True, "dog", "dog"), "same LoRA"),
+        ((True, "", None), "no subject and no style LoRA"),
+        ((PAIR,), "true or false"),
+    ],
+)
+def test_a_mistake_reaches_the_host_part_as_a_sentence(script, arguments, words):
+    for prompt in ("a dog", "a dog <dynfuse:dog:watercolor>"):
+        job = Job(prompt, hr_prompts=["a dog"])
+        with pytest.raises(SettingsError, match=words):
+            request(job.run_batch(script, *arguments))
+        with pytest.raises(SettingsError, match=words):
+            request(job.hr_extra_network_data)
+
+
+def test_an_argument_nobody_thought_of_still_stops_the_image(script, webui, script_module, monkeypatch):
+    monkeypatch.setattr(script_module, "read_arguments", lambda arguments: 1 / 0)
+    prompts = ["a dog"]
+    script.before_process_batch(Job(), *ON, prompts=prompts)
+    with pytest.raises(SettingsError, match="division by zero"):
+        request(extra_network_data(prompts[0]))
+    assert webui.errors
+
+
+def test_the_infotext_gets_settings_and_hashes(script):
+    job = Job()
+    job.run_batch(script, True, {**PAIR, "te_weight": 0.5})
+    assert job.extra_generation_params == {
+        "DynFuse": "True",
+        "DynFuse subject": "dog",
+        "DynFuse style": "watercolor",
+        "DynFuse te weight": "0.5",
+        "DynFuse LoRA hashes": "dog: aa11, watercolor: bb22",
+    }
+
+
+def test_the_infotext_gets_the_hashes_of_a_tags_loras(script):
+    job = Job("a dog", hr_prompts=["a dog <dynfuse:dog:nothing>"])
+    job.run_batch(script, *OFF)
+    assert job.extra_generation_params == {"DynFuse LoRA hashes": "dog: aa11"}
+
+
+def test_a_processing_object_used_again_keeps_no_old_entries(script):
+    job = Job()
+    job.run_batch(script, True, {**PAIR, "te_weight": 0.5})
+    job.extra_generation_params["Dynamic thing"] = 1
+    job.run_batch(script, *OFF)
+    assert job.extra_generation_params == {"Dynamic thing": 1}
+
+
+def test_the_user_is_told_when_the_host_ignores_all_tags(script):
+    for arguments, prompt in ((ON, "a dog"), (OFF, "<dynfuse:dog:watercolor>")):
+        job = Job(prompt, disable_extra_networks=True)
+        script.process(job, *arguments)
+        assert "not fused" in job.comments[0]
+        assert "not fused" in job.extra_generation_params["DynFuse note"]
+
+
+def test_ui_may_be_called_twice_and_every_control_has_a_value(script):
+    with gr.Blocks():
+        assert script.ui(False)
+        controls = script.ui(False)
+    assert all(control.value is not None for control in controls)
+    assert [field[0] for field in script.infotext_fields] == controls
+
+
+def test_the_other_tab_is_found_by_the_same_paste_functions(script, script_module):
+    other = script_module.DynFuseScript()
+    with gr.Blocks():
+        script.ui(False)
+        other.ui(True)
+    assert script.paste_field_names == other.paste_field_names == [field[1] for field in other.infotext_fields]
+
+
+def test_the_result_is_refreshed_when_the_tabs_generation_info_changes(script):
+    with gr.Blocks() as demo:
+        script.ui(False)
+        before = len(demo.fns)
+        for element in ("generation_info_img2img", "generation_info_txt2img"):
+            script.after_component(gr.Textbox(visible=False, elem_id=element), elem_id=element)
+    assert len(demo.fns) == before + 1
+
+
+def test_the_host_part_and_the_tags_network_come_and_go_with_the_ui(script_module, webui, host):
+    script_module.register()
+    webui.callbacks["before_ui"]()
+    assert host.installed is tag.parse_tags
+    network = webui.networks["dynfuse"]
+    network.activate(Job(), [])
+    network.deactivate(Job())
+    webui.callbacks["script_unloaded"]()
+    assert host.installed is None
+
+
+def test_pasted_prompts_get_the_names_of_this_webui(script_module, webui):
+    script_module.register()
+    entries = {"Prompt": "<dynfuse:hund:watercolor>", "Hires prompt": "<dynfuse:hund:watercolor>", "DynFuse LoRA hashes": "hund: aa11"}
+    webui.callbacks["infotext_pasted"]("", entries)
+    assert entries["Prompt"] == entries["Hires prompt"] == "<dynfuse:dog:watercolor>"
+
+
+def test_the_script_file_shows_the_host_exactly_one_script(script_module, webui):
+    import pathlib
+    import runpy
+
+    path = pathlib.Path(__file__).parents[2] / "scripts" / "dynfuse.py"
+    names = runpy.run_path(str(path))
+    base = __import__("modules.scripts", fromlist=["Script"]).Script
+    found = [value for value in names.values() if isinstance(value, type) and issubclass(value, base)]
+    assert found == [script_module.DynFuseScript]
+    assert set(webui.callbacks) == {"before_ui", "script_unloaded", "infotext_pasted", "image_saved"}
+    assert isinstance(webui.options["dynfuse_save_map"], object)
