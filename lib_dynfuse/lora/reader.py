@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
 from .branch import Branch, LoraError, NormShift
@@ -126,7 +126,7 @@ def _taken_apart(
         rank = None if isinstance(branch, NormShift) else branch.rank
         if rank is not None:
             ranks[rank] += 1
-    if len(unknown) == sum(map(len, (denoiser, norms, *text.values()))):
+    if len(unknown) == len(denoiser) + len(norms) + sum(len(layers) for layers in text.values()):
         raise LoraError(
             f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {', '.join(FAMILIES)}."
             if unknown
@@ -188,14 +188,14 @@ def _opened_safetensors(path: Path, beginning: bytes, size: int) -> tuple[list[s
 
     def load(keys: Iterable[str]) -> dict[str, Tensor]:
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
                 # Clones, because a tensor that safetensors maps from the file would change, or kill the process, with the file.
                 return {key: file.get_tensor(key).clone() for key in keys}
         except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise LoraError(f"{path.name} cannot be read: {_first_line(error)}.") from None
 
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
             return list(file.keys()), load, dict(file.metadata() or {})
     except SafetensorError as error:
         reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else _first_line(error)

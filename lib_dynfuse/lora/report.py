@@ -1,0 +1,125 @@
+"""What a LoRA file holds, in lines for a person."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+
+from .families import SD2, reference_aliases
+from .matching import branches_by_site, norms_by_layer
+from .naming import Alias, Site, layout_of
+from .reader import LoraFile
+
+_ENCODERS = {"te1": "CLIP-L", "te2": "CLIP-G", "t5": "T5"}
+_NAMED = 3  # unmatched keys that are named; the rest is counted
+_TAGS = 8
+
+# Metadata that says what a file is and how it is called up; trainers write dozens of other entries.
+_METADATA = {
+    "ss_output_name": "Trained as",
+    "modelspec.title": "Title",
+    "modelspec.trigger_phrase": "Trigger words",
+    "ss_sd_model_name": "Trained on",
+    "modelspec.author": "Author",
+    "modelspec.license": "Licence",
+}
+
+
+def describe(file: LoraFile) -> list[str]:
+    """The report of one file: its name, then one line per property."""
+    rows: list[tuple[str, str]] = [
+        ("Format", "; ".join(file.dialects) or "unknown"),
+        ("Base model", file.family or _unknown_family(file)),
+        ("Kinds", ", ".join(f"{kind} ({_count(number, 'layer')})" for kind, number in file.kinds.items())),
+        ("Ranks", _ranks(file.ranks)),
+        ("Denoiser", _denoiser(file)),
+        (
+            "Text encoders",
+            ", ".join(f"{_encoder(file, name)} ({_count(len(layers), 'layer')})" for name, layers in file.text.items()) or "none",
+        ),
+    ]
+    if file.embeddings:
+        rows.append(("Embeddings", ", ".join(file.embeddings) + " (bundled; the WebUI loads them, DynFuse does not)"))
+    rows.append(("Unmatched", _unmatched(file.unmatched)))
+    rows += [(label, " ".join(file.metadata[key].split())) for key, label in _METADATA.items() if file.metadata.get(key, "").strip()]
+    if tags := _frequent_tags(file.metadata):
+        rows.append(("Frequent tags", tags))
+    width = max(len(label) for label, _ in rows)
+    return [file.path.name, *(f"  {label:<{width}}  {text}" for label, text in rows)]
+
+
+def describe_pair(a: LoraFile, b: LoraFile) -> str:
+    """What two files that go together change together, in one sentence."""
+    base = a.family or b.family
+    first, second = (_sites(file, base) for file in (a, b))
+    return (
+        f"{a.path.name} and {b.path.name} go together{f' on {base}' if base else ''}: both change {_count(len(first & second), 'layer')}, "
+        f"only the first {len(first - second)}, only the second {len(second - first)}."
+    )
+
+
+def _aliases(file: LoraFile, family: str | None) -> Mapping[str, list[Alias]]:
+    """Of the family's published model; of the file's own layers where the family is unknown."""
+    if family is not None:
+        return reference_aliases(family)
+    return {layer: [Alias(Site(layer))] for layer in (*file.denoiser, *file.norms) if layout_of(layer) is not None}
+
+
+def _sites(file: LoraFile, family: str | None) -> set[Site]:
+    return set(branches_by_site(file, _aliases(file, family))[0])
+
+
+def _encoder(file: LoraFile, name: str) -> str:
+    return "OpenCLIP-H" if name == "te1" and file.family == SD2 else _ENCODERS[name]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _denoiser(file: LoraFile) -> str:
+    aliases = _aliases(file, file.family)
+    matched = sum(layer in aliases for layer in file.denoiser)
+    text = f"{matched} of {len(file.denoiser)} layers matched"
+    if file.norms:
+        text += f", {len(norms_by_layer(file, aliases))} of {len(file.norms)} normalisation layers (these are summed, not chosen)"
+    return text
+
+
+def _unknown_family(file: LoraFile) -> str:
+    layouts = {layout for layer in (*file.denoiser, *file.norms) if (layout := layout_of(layer)) is not None}
+    if not layouts:
+        return "unknown (it changes only text encoders)"
+    if any(layout.startswith("Flux") for layout in layouts):
+        return "unknown (a transformer whose layers are named as Flux's)"
+    return "unknown (a U-Net; neither its names nor its sizes tell which)"
+
+
+def _ranks(ranks: Mapping[int, int]) -> str:
+    if not ranks:
+        return "none"
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _unmatched(keys: list[str]) -> str:
+    if not keys:
+        return "none"
+    rest = len(keys) - _NAMED
+    return f"{_count(len(keys), 'key')}: {', '.join(keys[:_NAMED])}{f' and {rest} more' if rest > 0 else ''}"
+
+
+def _frequent_tags(metadata: Mapping[str, str]) -> str:
+    """The commonest captions of the training images, from sd-scripts' ss_tag_frequency: {folder: {tag: count}} as JSON."""
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", ""))
+        counts: Counter[str] = Counter()
+        for tags in folders.values():
+            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError):
+        return ""
+    return ", ".join(f"{tag} ({count})" for tag, count in counts.most_common(_TAGS))
+
+
+__all__ = ["describe", "describe_pair"]
