@@ -279,6 +279,8 @@ def branch_of(tensors: Tensors) -> tuple[str, Branch | NormShift] | None:
         _need(not missing, f"it has {_listing(present)} but no {_listing(missing)}")
         strange = tensors.keys() - own - _COMMON
         _need(not strange, f"it mixes the tensors of two kinds, {_listing(present)} and {_listing(strange)}")
+        whole = {role for role in present - {"on_input"} if not tensors[role].is_floating_point()}
+        _need(not whole, f"{_listing(whole)} holds whole numbers, as a quantised file does")
         if name == "OFT" and "oft_blocks" in present and tensors["oft_blocks"].dim() == 4:
             name, function = "BOFT", boft
         branch = function(tensors)

@@ -164,7 +164,7 @@ def _opened(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
     """(keys, function that loads the tensors of some keys, metadata) of a file. Raises LoraError."""
     try:
         with open(path, "rb") as file:
-            beginning = file.read(8)
+            beginning = file.read(9)
         size = path.stat().st_size
     except FileNotFoundError:
         raise LoraError(f"{path.name} cannot be read: there is no such file.") from None
@@ -174,9 +174,11 @@ def _opened(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
         raise LoraError(f"{path.name} cannot be read: {error.strerror or error}.") from None
     if size == 0:
         raise LoraError(f"{path.name} cannot be read: the file is empty.")
-    if beginning.startswith((b"PK", b"\x80")) or path.suffix.lower() in (".pt", ".ckpt", ".bin", ".pth"):
+    # Contents before endings; and the header first, as its length may begin with the bytes that mark a pickle or a zip archive.
+    pickled = beginning.startswith((b"PK", b"\x80")) or path.suffix.lower() in (".pt", ".ckpt", ".bin", ".pth")
+    if pickled and beginning[8:] != b"{":
         return _opened_pickle(path)
-    return _opened_safetensors(path, beginning, size)
+    return _opened_safetensors(path, beginning[:8], size)
 
 
 def _opened_safetensors(path: Path, beginning: bytes, size: int) -> tuple[list[str], _Load, dict[str, str]]:
