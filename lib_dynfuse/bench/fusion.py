@@ -65,10 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
     progress(f"Building a {arguments.model} U-Net with random weights ...")
     torch.manual_seed(0)
     with torch.device(device):
-        unet = diffusers.UNet2DConditionModel(sample_size=size // 8, **_CONFIGURATIONS[arguments.model]).to(dtype).eval().requires_grad_(False)
+        unet = (
+            diffusers.UNet2DConditionModel(sample_size=size // 8, **_CONFIGURATIONS[arguments.model]).to(dtype).eval().requires_grad_(False)
+        )
     inputs = _inputs(arguments.model, size, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        subject, style = (_random_lora(unet, arguments.rank, seed, Path(folder) / f"{name}.safetensors") for seed, name in ((1, "subject"), (2, "style")))
+        subject, style = (
+            _random_lora(unet, arguments.rank, seed, Path(folder) / f"{name}.safetensors") for seed, name in ((1, "subject"), (2, "style"))
+        )
     result = measure(unet, inputs, subject, style, arguments.rounds, progress)
     result["setup"] = {
         "model": arguments.model,
@@ -126,13 +130,13 @@ def measure(
                 if turn >= 0:
                     seconds[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    per_turn = {name: [s / p for s, p in zip(values, seconds["plain"])] for name, values in seconds.items()}
+    per_turn = {name: [s / p for s, p in zip(values, seconds["plain"], strict=False)] for name, values in seconds.items()}
     return {
         "seconds": seconds,
         "median_seconds": medians,
         "ratio_to_plain": {name: statistics.median(values) for name, values in per_turn.items()},
         "ratio_range": {name: [min(values), max(values)] for name, values in per_turn.items()},
-        "literal_over_fused": statistics.median(li / fu for li, fu in zip(seconds["literal"], seconds["fused"])),
+        "literal_over_fused": statistics.median(li / fu for li, fu in zip(seconds["literal"], seconds["fused"], strict=False)),
         "layers": len(fused.report.matched),
     }
 
@@ -155,7 +159,10 @@ def _inputs(model: str, size: int, device: torch.device, dtype: torch.dtype) -> 
         "encoder_hidden_states": noise(2, 77, _CONFIGURATIONS[model]["cross_attention_dim"]),
     }
     if model == "sdxl":
-        inputs["added_cond_kwargs"] = {"text_embeds": noise(2, 1280), "time_ids": torch.full((2, 6), float(size), device=device, dtype=dtype)}
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": noise(2, 1280),
+            "time_ids": torch.full((2, 6), float(size), device=device, dtype=dtype),
+        }
     return inputs
 
 

@@ -4,6 +4,8 @@ Every function takes the layer's base output y0 and a branch's change d of it an
 branch changes more". All are written in terms of d, never of a rounded y0 + d: in bfloat16 that sum loses the very digits that
 decide close calls. Inputs are float32 or float64; the softmax runs over the channel axis.
 
+The functions may overwrite `delta`: temporary memory is what they would otherwise spend most of their time on.
+
 Shapes: base (..., T, C), delta (..., T, C) with leading axes that broadcast, result (..., T). With `axis` another axis is the channels'
 (1 for a convolution's (N, C, T) output); the result then lacks that axis.
 """
@@ -24,10 +26,10 @@ def kullback_leibler(base: Tensor, delta: Tensor, axis: int = -1) -> Tensor:
     float32 keeps its digits for small changes.
     """
     p = torch.softmax(base, axis)
-    mean = (p * delta).sum(axis, keepdim=True)
-    change = delta - mean
-    weighted = torch.expm1(change).mul_(p)
-    z = weighted.sum(axis)
+    weighted = p * delta
+    change = delta.sub_(weighted.sum(axis, keepdim=True))
+    torch.expm1(change, out=weighted)
+    z = weighted.mul_(p).sum(axis)
     return weighted.mul_(change).sum(axis).div_(1 + z).sub_(torch.log1p(z))
 
 
@@ -37,7 +39,7 @@ def jensen_shannon(base: Tensor, delta: Tensor, axis: int = -1) -> Tensor:
     With e = log(q/p) and u = exp(e) - 1 it is half of E_p[(1 + u) e - (2 + u) log(1 + u/2)].
     """
     p = torch.softmax(base, axis)
-    change = delta - (p * delta).sum(axis, keepdim=True)
+    change = delta.sub_((p * delta).sum(axis, keepdim=True))
     z = torch.expm1(change).mul_(p).sum(axis, keepdim=True)
     log_ratio = change - torch.log1p(z)
     u = torch.expm1(log_ratio)
@@ -83,25 +85,32 @@ _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 25
 
 
-def token_divergences(criterion: str, base: Tensor, delta: Tensor, *, rms: bool = False, axis: int = -1) -> Tensor:
+@torch.no_grad()
+def token_divergences(
+    criterion: str, base: Tensor, delta: Tensor | Callable[[int, int], Tensor], *, rms: bool = False, axis: int = -1
+) -> Tensor:
     """Divergence of every token, in float32.
 
-    criterion: kl, js, cosine or dot. base: (N, T, C), any float dtype. delta: (B, N, T, C), one slice per branch. rms: divide both by
-    the base's standard deviation over the channels of each token. axis: -1, or 1 where the shapes are (N, C, T) and (B, N, C, T).
+    criterion: kl, js, cosine or dot. base: (N, T, C), any float dtype. delta: (B, N, T, C), one slice per branch; or a function of
+    (start, length) that makes a fresh slice of those tokens, so that no whole delta need ever be in memory. rms: divide both by the
+    base's standard deviation over the channels of each token. axis: -1, or 1 where the shapes are (N, C, T) and (B, N, C, T).
     Returns (B, N, T).
     """
     measure = CRITERIA[criterion]
-    if axis == 1:
-        token_axis, axis = 2, -2
-    else:
-        token_axis = 1
+    token_axis, axis = (2, -2) if axis == 1 else (1, -1)
+    if isinstance(delta, Tensor):
+        whole = delta
+
+        def delta(start: int, length: int) -> Tensor:
+            return whole.narrow(token_axis + 1, start, length).to(torch.float32, copy=True)
+
     tokens = base.shape[token_axis]
     chunk = max(1, tokens * (_CPU_CHUNK if base.device.type == "cpu" else _GPU_CHUNK) // max(1, base.numel()))
     pieces = []
     for start in range(0, tokens, chunk):
         length = min(chunk, tokens - start)
         y0 = base.narrow(token_axis, start, length).float()
-        d = delta.narrow(token_axis + 1, start, length).float()
+        d = delta(start, length).float()
         if rms:
             spread = y0.std(axis, keepdim=True, unbiased=False).clamp_min(torch.finfo(torch.float32).tiny)
             y0, d = y0 / spread, d / spread

@@ -83,8 +83,12 @@ class FusionSession:
         self._depth = 0
         self._steps_without_gamma = settings.balance == "gamma"
         modules = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
-        modules.update({name: module for name, module in model.named_modules() if getattr(module, "scale", None) is not None and name not in modules})
-        self.layers: list[PatchedLayer] = _find_layers(modules, subject, style, settings, self._state, weight_of or _own_weight, self.report)
+        modules.update(
+            {name: module for name, module in model.named_modules() if getattr(module, "scale", None) is not None and name not in modules}
+        )
+        self.layers: list[PatchedLayer] = _find_layers(
+            modules, subject, style, settings, self._state, weight_of or _own_weight, self.report
+        )
         if not self.report.matched and not self.report.one_sided:
             raise FusionError(_nothing_matches(subject, style, self.report))
         self._sites = [site for layer in self.layers if isinstance(layer, FusedLayer) for site in layer.sites]
@@ -187,7 +191,7 @@ class _StepMarker(PatchedLayer):
 
 
 def _own_weight(module: nn.Module) -> Tensor:
-    return module.weight  # type: ignore[return-value]
+    return module.weight
 
 
 def _find_layers(
@@ -217,7 +221,7 @@ def _find_layers(
         if (settings.scope == "attention" and not is_attention(site)) or (not two_sided and settings.one_sided == "skip"):
             report.skipped.append(layer_label(site))
             continue
-        for file, binding in zip((subject, style), pair):
+        for file, binding in zip((subject, style), pair, strict=False):
             _check_shape(file, site, binding, modules[site.layer])
         (report.matched if two_sided else report.one_sided).append(layer_label(site))
         by_layer.setdefault(site.layer, []).append(FusedSite(site, pair, strengths))
@@ -225,8 +229,8 @@ def _find_layers(
     if settings.scope == "all":
         for name in sorted(norms[0].keys() | norms[1].keys(), key=lambda n: order[n]):
             shifts = [side.get(name) for side in norms]
-            gain = _sum([None if s is None or s.weight is None else s.weight.float() * w for s, w in zip(shifts, strengths)])
-            offset = _sum([None if s is None or s.bias is None else s.bias.float() * w for s, w in zip(shifts, strengths)])
+            gain = _sum([None if s is None or s.weight is None else s.weight.float() * w for s, w in zip(shifts, strengths, strict=False)])
+            offset = _sum([None if s is None or s.bias is None else s.bias.float() * w for s, w in zip(shifts, strengths, strict=False)])
             layers.append(ShiftedNorm(name, modules[name], gain, offset, state))
             report.summed_norms.append(name)
     return layers
