@@ -74,7 +74,8 @@ class FuseSettings:
     te_weight: float = setting(
         1.0,
         "Text encoder weight",
-        "Factor on both LoRAs' text-encoder parts, which are added up (the method only chooses inside the denoiser). 0 leaves the text encoder alone.",
+        "Factor on both LoRAs' text-encoder parts, which are added up (the method only chooses inside the denoiser). "
+        "0 leaves the text encoder alone.",
         slider=(0.0, 2.0, 0.05),
     )
     granularity: str = setting(
@@ -107,14 +108,16 @@ class FuseSettings:
     bias: float = setting(
         1.0,
         "Bias",
-        "The subject wins a layer if its divergence is at least this many times the style's. Above 1 favours the style, below 1 the subject.",
+        "The subject wins a layer if its divergence is at least this many times the style's. "
+        "Above 1 favours the style, below 1 the subject.",
         minimum=0.0,
         slider=(0.0, 4.0, 0.05),
     )
     one_sided: str = setting(
         "apply",
         "One-sided layers",
-        "What to do with a layer that only one of the two LoRAs changes. apply: that LoRA is used there. skip: the layer stays as in the base model.",
+        "What to do with a layer that only one of the two LoRAs changes. apply: that LoRA is used there. "
+        "skip: the layer stays as in the base model.",
         choices=("apply", "skip"),
     )
 

@@ -130,13 +130,13 @@ def measure(
                 if turn >= 0:
                     seconds[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    per_turn = {name: [s / p for s, p in zip(values, seconds["plain"], strict=False)] for name, values in seconds.items()}
+    per_turn = {name: [s / p for s, p in zip(values, seconds["plain"])] for name, values in seconds.items()}
     return {
         "seconds": seconds,
         "median_seconds": medians,
         "ratio_to_plain": {name: statistics.median(values) for name, values in per_turn.items()},
         "ratio_range": {name: [min(values), max(values)] for name, values in per_turn.items()},
-        "literal_over_fused": statistics.median(li / fu for li, fu in zip(seconds["literal"], seconds["fused"], strict=False)),
+        "literal_over_fused": statistics.median(li / fu for li, fu in zip(seconds["literal"], seconds["fused"])),
         "layers": len(fused.report.matched),
     }
 

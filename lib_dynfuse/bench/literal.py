@@ -34,7 +34,7 @@ def _literal_forward(layer: FusedLayer) -> Any:
     weight: Tensor = module.weight.detach()
     site = layer.sites[0]
     merged = []
-    for branch, strength in zip(site.bind(lambda: weight), site.strengths, strict=False):
+    for branch, strength in zip(site.bind(lambda: weight), site.strengths):
         assert branch is not None
         merged.append((weight.float() + strength * branch.delta_weight().reshape(weight.shape).to(weight.device)).to(weight.dtype))
 

@@ -165,13 +165,12 @@ class Operators:
         present = [b for b in branches if b is not None]
         out = present[0].shape[0]
         biases = [
-            None if b is None or b.bias is None else (b.bias.to(device, torch.float32) * s).to(dtype)
-            for b, s in zip(branches, strengths, strict=False)
+            None if b is None or b.bias is None else (b.bias.to(device, torch.float32) * s).to(dtype) for b, s in zip(branches, strengths)
         ]
         if all(isinstance(b, LowRank) for b in present) and all(b is None for b in biases) and len({b.shape[2:] for b in present}) == 1:
             rank = max(b.down.shape[0] for b in present if isinstance(b, LowRank))
             downs, ups, owner = [], [], []
-            for side, (branch, strength) in enumerate(zip(branches, strengths, strict=False)):
+            for side, (branch, strength) in enumerate(zip(branches, strengths)):
                 if not isinstance(branch, LowRank):
                     continue
                 down = _kernel_form(branch.down, convolution).to(device, dtype)
@@ -188,7 +187,7 @@ class Operators:
             return cls(device, dtype, out, down=torch.cat(downs), up=torch.cat(ups).contiguous(), masks=masks)
         dense = [
             None if b is None else _kernel_form(b.delta_weight().to(device).mul(s), convolution).to(dtype)
-            for b, s in zip(branches, strengths, strict=False)
+            for b, s in zip(branches, strengths)
         ]
         return cls(device, dtype, out, dense=dense, biases=biases)
 
@@ -342,7 +341,7 @@ class FusedLayer(PatchedLayer):
 
     def _apply_dense(self, site: FusedSite, operators: Operators, x: Tensor, y: Tensor, decides: bool) -> Tensor:
         present = []
-        for weight, bias in zip(operators.dense, operators.biases, strict=False):
+        for weight, bias in zip(operators.dense, operators.biases):
             if weight is None:
                 continue
             delta = self._linear(x, weight)
@@ -425,7 +424,7 @@ class FusedLayer(PatchedLayer):
             wins = torch.where(index.present, wins, site.decision)
             divergence = torch.where(index.present, divergence, site.divergence)
         site.decision, site.divergence = wins, divergence
-        present = frozenset(image for image, conditional in zip(index.rows.images, index.rows.conditional, strict=False) if conditional)
+        present = frozenset(image for image, conditional in zip(index.rows.images, index.rows.conditional) if conditional)
         site.known = site.known | present
 
 

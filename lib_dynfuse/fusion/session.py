@@ -221,7 +221,7 @@ def _find_layers(
         if (settings.scope == "attention" and not is_attention(site)) or (not two_sided and settings.one_sided == "skip"):
             report.skipped.append(layer_label(site))
             continue
-        for file, binding in zip((subject, style), pair, strict=False):
+        for file, binding in zip((subject, style), pair):
             _check_shape(file, site, binding, modules[site.layer])
         (report.matched if two_sided else report.one_sided).append(layer_label(site))
         by_layer.setdefault(site.layer, []).append(FusedSite(site, pair, strengths))
@@ -229,8 +229,8 @@ def _find_layers(
     if settings.scope == "all":
         for name in sorted(norms[0].keys() | norms[1].keys(), key=lambda n: order[n]):
             shifts = [side.get(name) for side in norms]
-            gain = _sum([None if s is None or s.weight is None else s.weight.float() * w for s, w in zip(shifts, strengths, strict=False)])
-            offset = _sum([None if s is None or s.bias is None else s.bias.float() * w for s, w in zip(shifts, strengths, strict=False)])
+            gain = _sum([None if s is None or s.weight is None else s.weight.float() * w for s, w in zip(shifts, strengths)])
+            offset = _sum([None if s is None or s.bias is None else s.bias.float() * w for s, w in zip(shifts, strengths)])
             layers.append(ShiftedNorm(name, modules[name], gain, offset, state))
             report.summed_norms.append(name)
     return layers
