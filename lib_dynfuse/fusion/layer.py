@@ -7,6 +7,7 @@ for the device: decisions are tensors.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -164,18 +165,19 @@ class Operators:
     ) -> Operators:
         present = [b for b in branches if b is not None]
         out = present[0].shape[0]
-        biases = [
-            None if b is None or b.bias is None else (b.bias.to(device, torch.float32) * s).to(dtype) for b, s in zip(branches, strengths)
-        ]
+        pairs = list(zip(branches, strengths))
+        biases = [None if b is None or b.bias is None else (b.bias.to(device, torch.float32) * s).to(dtype) for b, s in pairs]
         if all(isinstance(b, LowRank) for b in present) and all(b is None for b in biases) and len({b.shape[2:] for b in present}) == 1:
             rank = max(b.down.shape[0] for b in present if isinstance(b, LowRank))
             downs, ups, owner = [], [], []
-            for side, (branch, strength) in enumerate(zip(branches, strengths)):
+            for side, (branch, strength) in enumerate(pairs):
                 if not isinstance(branch, LowRank):
                     continue
-                down = _kernel_form(branch.down, convolution).to(device, dtype)
-                # Folded in float32: half precision would round small strengths away.
-                up = (branch.up.to(device, torch.float32).t() * (branch.scale * strength)).to(dtype)
+                # Half of the factor on each side, folded in float32: a small alpha / rank on one side alone could leave float16's range.
+                factor = branch.scale * strength
+                root = abs(factor) ** 0.5
+                down = (_kernel_form(branch.down, convolution).to(device, torch.float32) * root).to(dtype)
+                up = (branch.up.to(device, torch.float32).t() * math.copysign(root, factor)).to(dtype)
                 missing = rank - down.shape[0]
                 if missing:
                     down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
@@ -185,10 +187,7 @@ class Operators:
                 owner += [side] * rank
             masks = torch.tensor([[o == side for o in owner] for side in (SUBJECT, STYLE)], device=device).to(dtype)
             return cls(device, dtype, out, down=torch.cat(downs), up=torch.cat(ups).contiguous(), masks=masks)
-        dense = [
-            None if b is None else _kernel_form(b.delta_weight().to(device).mul(s), convolution).to(dtype)
-            for b, s in zip(branches, strengths)
-        ]
+        dense = [None if b is None else _kernel_form(b.delta_weight().to(device).mul(s), convolution).to(dtype) for b, s in pairs]
         return cls(device, dtype, out, dense=dense, biases=biases)
 
 
@@ -355,10 +354,7 @@ class FusedLayer(PatchedLayer):
         flat = (lambda t: t.flatten(2)) if self.convolution else (lambda t: t.reshape(n, -1, t.shape[-1]))
         y, pair = flat(y), torch.stack([flat(delta) for delta in present])
         wins = self._decide(site, y, lambda pick: pair[:, pick], axis)
-        if wins.dim() == 1:
-            wins = wins.view(n, 1, 1)
-        else:
-            wins = wins.unsqueeze(axis)
+        wins = wins.view(n, 1, 1) if wins.dim() == 1 else wins.unsqueeze(axis)
         return (y + torch.where(wins, pair[SUBJECT], pair[STYLE])).reshape(shape)
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -372,7 +368,7 @@ class FusedLayer(PatchedLayer):
         return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
 
     def _decide(self, site: FusedSite, y: Tensor, deltas: Callable[[slice | Tensor], Deltas | Tensor], axis: int) -> Tensor:
-        """Measure and choose. y: the base output, (N, T, C) or (N, C, T). Returns (N,) bool, or (N, T) when tokens choose for themselves."""
+        """Measure and choose. y: the base output, (N, T, C) or (N, C, T). Returns (N,) bool, or (N, T) when tokens choose."""
         settings, state = self.state.settings, self.state
         index, fold = state.row_index(y.shape[0], y.device)
         everything = slice(0, y.shape[0])

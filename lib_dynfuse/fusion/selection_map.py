@@ -99,6 +99,7 @@ class _Pen:
 
     def __init__(self, picture: Image.Image):
         self.canvas = ImageDraw.Draw(picture)
+        self.picture_width = picture.width
         self.font = _font(_TEXT_SIZE)
 
     def width(self, text: str) -> int:
@@ -231,7 +232,7 @@ def _layer_axis(pen: _Pen, left: int, top: int, blocks: Sequence[Block], lefts: 
                 numbers_end = place + pen.width(block.number)
         start, end = span(members_of_group[0], members_of_group[-1])
         pen.canvas.line((start, top + _LINE + 1, end, top + _LINE + 1), fill=_FAINT_INK)
-        place = min(max(_MARGIN, (start + end - pen.width(group)) // 2), pen.canvas.im.size[0] - pen.width(group) - 2)
+        place = min(max(_MARGIN, (start + end - pen.width(group)) // 2), pen.picture_width - pen.width(group) - 2)
         if place > names_end + 6:
             pen.text((place, top + _LINE + 4), group)
             names_end = place + pen.width(group)

@@ -82,13 +82,13 @@ class FusionSession:
         self._state = StepState(settings)
         self._depth = 0
         self._steps_without_gamma = settings.balance == "gamma"
-        modules = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
-        modules.update(
-            {name: module for name, module in model.named_modules() if getattr(module, "scale", None) is not None and name not in modules}
-        )
-        self.layers: list[PatchedLayer] = _find_layers(
-            modules, subject, style, settings, self._state, weight_of or _own_weight, self.report
-        )
+        # Layers are known by what they hold, not by their class: hosts make their own. An RMS norm's gain is called scale in BFL's Flux.
+        modules = {
+            name: module
+            for name, module in model.named_modules()
+            if getattr(module, "weight", None) is not None or isinstance(getattr(module, "scale", None), Tensor)
+        }
+        self.layers = _find_layers(modules, subject, style, settings, self._state, weight_of or _own_weight, self.report)
         if not self.report.matched and not self.report.one_sided:
             raise FusionError(_nothing_matches(subject, style, self.report))
         self._sites = [site for layer in self.layers if isinstance(layer, FusedLayer) for site in layer.sites]

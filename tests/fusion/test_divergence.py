@@ -42,7 +42,7 @@ def test_divergence_equals_its_definition_in_float64(criterion, scale):
 @pytest.mark.parametrize("criterion", ["kl", "js", "cosine"])
 @pytest.mark.parametrize("scale", [1e-5, 1e-4])
 def test_small_changes_keep_their_digits_in_float32(criterion, scale):
-    """Against the leading term of the series, which is exact to about `scale`: KL = Var_p(d)/2, JS = Var_p(d)/8, cosine = |d_perp|^2/2|y0|^2."""
+    """Against the series' leading term, exact to about `scale`: KL = Var_p(d)/2, JS = Var_p(d)/8, cosine = |d_perp|^2/2|y0|^2."""
     y0, d = features(scale)
     p = torch.softmax(y0, -1)
     if criterion == "cosine":
