@@ -3,8 +3,8 @@
 The formulas are those that the training libraries (sd-scripts, LyCORIS, PEFT) define and that the WebUIs merge with; where a WebUI
 departs from the definition, the docstring says so. lycoris-lora has most of them as functions, but no released version is fit to be
 a dependency at run time: 4.x does not import below torch 2.4 (it needs torch.library.custom_op; A1111 has 2.1.2 and Forge 2.3.1),
-3.x does, but is superseded, drags its whole training package in, and has no functional form of DoRA, IA3, GLoRA or norms. Its 3.4.0
-serves the tests as an independent reference.
+3.4.0 does, but it is superseded, brings its training package along, has no functional form of DoRA, IA3, GLoRA or norms, and its OFT
+with a rescaling fails. It serves the tests as an independent reference.
 
 `tensors` maps roles (naming.KeyName.role) to tensors of any float type; nothing is converted before it is computed with.
 Every function raises LoraError, with a reason that the reader completes by file and layer.
@@ -271,9 +271,8 @@ def branch_of(tensors: Tensors) -> tuple[str, Branch | NormShift] | None:
     for name, needed, optional, function in _KINDS:
         own = needed | optional
         present = own & tensors.keys()
-        if not present or (name == "full" and not present & {"diff", "diff_b"}):
-            continue
-        if name == "IA3" and "on_input" not in present:
+        # A plain "weight" without IA3's "on_input" is a whole layer's, as in a checkpoint.
+        if not (present & needed if needed else present) or (name == "IA3" and "on_input" not in present):
             continue
         missing = needed - tensors.keys()
         _need(not missing, f"it has {_listing(present)} but no {_listing(missing)}")
