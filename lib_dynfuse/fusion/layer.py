@@ -87,7 +87,6 @@ class StepState:
     gamma: Tensor | None = None
     active: bool = False
     fallbacks: int = 0
-    broadcasts: int = 0
     _indices: dict[tuple[Rows, torch.device], RowIndex] = field(default_factory=dict)
 
     def row_index(self, batch: int, device: torch.device) -> tuple[RowIndex, int]:
@@ -100,7 +99,6 @@ class StepState:
         if rows is None:
             rows = Rows.separate(batch)
         elif batch % len(rows.images):
-            self.broadcasts += 1
             rows = Rows((0,) * batch, (True,) * batch, rows.count)
         key = (rows, device)
         if key not in self._indices:
