@@ -1,0 +1,108 @@
+"""The selection map shows each choice in its LoRA's colour, at any number of layers and steps, with or without a font."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+from lib_dynfuse.fusion import selection_map
+from lib_dynfuse.fusion.selection_map import ONE_SIDED, STYLE, SUBJECT, draw
+from lib_dynfuse.fusion.trace import Trace
+from lib_dynfuse.lora.naming import Site
+
+
+def a_trace(winners, *, layers=None, one_sided=()):
+    """winners: (steps, sites, images) bool."""
+    steps, sites, images = winners.shape
+    names = layers or [f"input_blocks.{i * 9 // sites}.1.transformer_blocks.0.attn1.to_q" for i in range(sites)]
+    style_only = torch.zeros(sites, dtype=torch.bool)
+    style_only[list(one_sided)] = True
+    measured = (~style_only).expand(steps, sites).clone()
+    divergences = torch.zeros(steps, sites, images, 2)
+    return Trace(tuple(map(Site, names)), winners, divergences, measured, torch.zeros_like(style_only), style_only)
+
+
+def places(picture, colour):
+    """(x, y) of the pixels of a colour below the legend, each a float tensor."""
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(picture.height, picture.width, 3)[54:]
+    y, x = (pixels == torch.tensor(colour, dtype=torch.uint8)).all(-1).nonzero(as_tuple=True)
+    return x.float(), y.float()
+
+
+def area(picture, colour):
+    return len(places(picture, colour)[0])
+
+
+def test_the_areas_of_the_two_colours_are_the_shares_of_the_wins():
+    winners = torch.rand(20, 100, 1, generator=torch.Generator().manual_seed(0)) < 0.3
+    picture = draw(a_trace(winners))
+    share = area(picture, SUBJECT) / (area(picture, SUBJECT) + area(picture, STYLE))
+    assert share == pytest.approx(winners.float().mean().item(), abs=0.01)
+
+
+def test_steps_go_down_and_layers_go_right():
+    winners = torch.zeros(2, 2, 1, dtype=torch.bool)
+    winners[0, 1] = True  # the first step's second layer
+    picture = draw(a_trace(winners, layers=["input_blocks.1.1.proj_in", "output_blocks.1.1.proj_in"]))
+    (x, y), (others_x, others_y) = places(picture, SUBJECT), places(picture, STYLE)
+    assert x.min() > others_x.mean()
+    assert y.max() < others_y.mean()
+
+
+def test_diffusers_middle_block_stands_between_down_and_up_although_it_is_registered_last():
+    layers = ["down_blocks.0.attentions.0.proj_in", "up_blocks.1.attentions.0.proj_in", "mid_block.attentions.0.proj_in"]
+    winners = torch.tensor([[[False], [False], [True]]])
+    picture = draw(a_trace(winners, layers=layers))
+    assert picture.width / 3 < places(picture, SUBJECT)[0].mean() < picture.width * 2 / 3
+
+
+def test_a_layer_of_one_lora_is_neutral():
+    picture = draw(a_trace(torch.ones(4, 10, 1, dtype=torch.bool), one_sided=(3,)))
+    assert area(picture, SUBJECT) == pytest.approx(9 * area(picture, ONE_SIDED), rel=0.1)
+    assert area(picture, STYLE) == 0
+
+
+@pytest.mark.parametrize("layers", [1, 5, 40, 282, 505, 794, 1500])
+@pytest.mark.parametrize("steps", [1, 20, 50, 150])
+def test_every_layer_and_step_gets_at_least_a_pixel_and_the_picture_stays_readable(layers, steps):
+    winners = torch.zeros(steps, layers, 1, dtype=torch.bool)
+    winners[::2, ::2] = True
+    picture = draw(a_trace(winners))
+    assert picture.mode == "RGB"
+    assert 560 <= picture.width <= max(1150, layers + 700)
+    assert picture.height <= 800
+    assert area(picture, SUBJECT) >= winners.sum()
+
+
+def test_each_image_of_a_batch_has_its_panel_and_more_are_counted():
+    winners = torch.zeros(5, 30, 3, dtype=torch.bool)
+    winners[:, :, 1] = True
+    picture = draw(a_trace(winners))
+    assert area(picture, STYLE) == pytest.approx(2 * area(picture, SUBJECT), rel=0.01)
+    assert draw(a_trace(winners), most_images=1).height < picture.height
+
+
+def test_long_names_stay_inside_the_picture():
+    winners = torch.zeros(2, 10, 1, dtype=torch.bool)
+    short, long = (draw(a_trace(winners), name, name) for name in ("dog", "a_very_long_name_of_a_lora_" * 8))
+    assert long.size == short.size
+    edge = long.crop((long.width - 4, 0, long.width, 54))
+    assert edge.getcolors() == [(4 * 54, (255, 255, 255))]
+
+
+@pytest.mark.parametrize("name", ["corgi", "Коргі", "柯基"])
+def test_it_is_drawn_on_a_system_without_fonts(monkeypatch, name):
+    def no_font(*args, **kwargs):
+        raise OSError("cannot open resource")
+
+    monkeypatch.setattr(ImageFont, "truetype", no_font)
+    selection_map._font.cache_clear()
+    try:
+        assert isinstance(draw(a_trace(torch.ones(3, 7, 1, dtype=torch.bool)), name, name), Image.Image)
+    finally:
+        selection_map._font.cache_clear()
+
+
+def test_a_job_without_choices_says_so():
+    assert draw(a_trace(torch.zeros(0, 5, 0, dtype=torch.bool))).height < 60
