@@ -23,6 +23,7 @@ TITLE = "DynFuse"
 SWITCH_TOOLTIP = "Fuse a subject LoRA and a style LoRA. A <dynfuse:...> tag in the prompt goes before what is chosen here."
 LORA_FIELDS = infotext.LORA_FIELDS
 MAIN_FIELDS = (*LORA_FIELDS, "subject_weight", "style_weight", "method", "criterion")
+ADVANCED_ROWS = (("te_weight", "bias"), ("granularity", "scope", "one_sided"), ("temperature", "balance"))
 
 
 @dataclass(frozen=True)
@@ -63,26 +64,23 @@ def build(tab: str, host: WebUIHost) -> Panel:
     # A class on A1111, a function on Forge: only called, never tested for its type.
     with InputAccordion(False, label=TITLE, elem_id=element("panel")) as enabled:
         enabled.webui_tooltip = SWITCH_TOOLTIP
-        with gr.Row(elem_id=element("pair"), elem_classes=["dynfuse-pair"]):
+        with gr.Row(elem_classes=["dynfuse-pair"]):
             for name in LORA_FIELDS:
-                with gr.Row(elem_id=element(f"{name}_part"), elem_classes=["dynfuse-part"]):
-                    thumbnail = gr.HTML(value=_thumbnail(host, ""), elem_id=element(f"{name}_preview"), elem_classes=["dynfuse-preview"])
+                with gr.Row(elem_classes=["dynfuse-part"]):
+                    with gr.Column(elem_classes=["dynfuse-preview"], scale=0, min_width=96):
+                        thumbnail = gr.HTML(value=_thumbnail(host, ""), elem_id=element(f"{name}_preview"))
                     with gr.Column(elem_classes=["dynfuse-choice"], min_width=160):
-                        with gr.Row(elem_classes=["dynfuse-name"]):
-                            dropdown = add(name)
-                            create_refresh_button(
-                                dropdown, host.refresh, lambda: {"choices": host.lora_names()}, element(f"{name}_refresh")
-                            )
+                        dropdown = add(name)
                         add(f"{name}_weight")
                 _quietly(dropdown.change, functools.partial(_thumbnail, host), inputs=[dropdown], outputs=[thumbnail])
+            create_refresh_button([fields[name] for name in LORA_FIELDS], host.refresh, choices, element("refresh"))
         with gr.Row(elem_classes=["dynfuse-row"]):
             add("method")
             add("criterion")
         with gr.Accordion("Advanced", open=False, elem_id=element("advanced"), elem_classes=["dynfuse-advanced"]):
-            rest = [name for name in field_types() if name not in MAIN_FIELDS]
-            for pair in zip(rest[::2], [*rest[1::2], None], strict=False):
+            for row in ADVANCED_ROWS:
                 with gr.Row(elem_classes=["dynfuse-row"]):
-                    for name in filter(None, pair):
+                    for name in row:
                         add(name)
         result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from ..fusion import selection_map
 from ..hosts.fusion_pass import FusionPass
 from . import options, pictures
 
@@ -43,25 +44,21 @@ def save_beside(filename: str, passes: Sequence[FusionPass]) -> None:
     stem = os.path.splitext(filename)[0]
     if not options.saves_map() or stem.endswith(_OTHER_SAVES) or os.path.basename(stem).startswith("grid-"):
         return
-    from ..fusion import selection_map
-
-    maps = [selection_map.draw(p.trace) for p in passes if p.trace is not None]
+    maps = [_map(p) for p in passes if p.trace is not None]
     if maps:
         _stacked(maps).save(f"{stem}-dynfuse.png")
 
 
 def _figure(fusion_pass: FusionPass) -> str:
-    from ..fusion import selection_map
+    picture = _map(fusion_pass)
+    caption = "<figcaption>Hires pass</figcaption>" if fusion_pass.hires else ""
+    return f'<figure>{caption}<img src="{pictures.picture_address(picture)}" alt="Selection map: steps by layers"></figure>'
 
-    trace, settings = fusion_pass.trace, fusion_pass.settings
-    assert trace is not None
-    assert settings is not None
-    address = pictures.picture_address(selection_map.draw(trace))
-    share = round(100 * trace.subject_share())
-    caption = f"{settings.subject} {share} %, {settings.style} {100 - share} % of the choices"
-    if fusion_pass.hires:
-        caption = f"Hires pass: {caption}"
-    return f'<figure><img src="{address}" alt="Selection map: steps by layers"><figcaption>{html.escape(caption)}</figcaption></figure>'
+
+def _map(fusion_pass: FusionPass) -> Image.Image:
+    assert fusion_pass.trace is not None
+    assert fusion_pass.settings is not None
+    return selection_map.draw(fusion_pass.trace, fusion_pass.settings.subject, fusion_pass.settings.style)
 
 
 def _stacked(maps: Sequence[Image.Image]) -> Image.Image:

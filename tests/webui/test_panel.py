@@ -69,7 +69,7 @@ def test_the_tabs_share_labels_but_no_element_ids(built):
 def test_the_refresh_buttons_offer_new_loras(built, host):
     demo, *_ = built
     buttons = [block for block in demo.blocks.values() if str(block.elem_id).endswith("_refresh")]
-    assert len(buttons) == 4
+    assert len(buttons) == 2
     host.loras["fox"] = "ff00"
     assert "fox" in buttons[0].refresh_choices()
     assert host.refreshed == 1

@@ -1,0 +1,47 @@
+// The little that the DynFuse panel needs in the browser. Works on the pages of gradio 3.41 (A1111) and 4.40 (Forge).
+
+(function() {
+    // The switch's tooltip sits on a checkbox that the WebUI hides; people see the accordion's heading.
+    onUiLoaded(function() {
+        for (const tab of ["txt2img", "img2img"]) {
+            const heading = gradioApp().querySelector(`#dynfuse_${tab}_panel .label-wrap`);
+            const component = window.gradio_config.components.find((c) => c.props?.elem_id === `dynfuse_${tab}_panel-checkbox`);
+            if (heading && component?.props.webui_tooltip) {
+                heading.title = component.props.webui_tooltip;
+            }
+        }
+    });
+
+    function enlarge(picture) {
+        const cover = document.createElement("div");
+        cover.className = "dynfuse-enlarged";
+        const copy = cover.appendChild(document.createElement("img"));
+        copy.src = picture.src;
+        copy.alt = picture.alt;
+
+        function close() {
+            cover.remove();
+            document.removeEventListener("keydown", onKey, true);
+        }
+
+        function onKey(event) {
+            if (event.key === "Escape") {
+                // Escape would also interrupt the generation (script.js).
+                event.stopPropagation();
+                close();
+            }
+        }
+
+        cover.addEventListener("click", close);
+        document.addEventListener("keydown", onKey, true);
+        gradioApp().appendChild(cover);
+    }
+
+    // On the document: the picture is replaced after every job.
+    document.addEventListener("click", function(event) {
+        const picture = event.composedPath()[0];
+        if (picture instanceof HTMLImageElement && picture.closest(".dynfuse-result")) {
+            enlarge(picture);
+        }
+    });
+})();
