@@ -321,7 +321,7 @@ class FusedLayer(PatchedLayer):
                 transposed = up.transpose(1, 2).unsqueeze(1)
                 return lambda start, length: torch.matmul(transposed, pairs.narrow(3, start, length))  # (2, n, out, length)
             n, t, k = chosen.shape
-            pairs = chosen.reshape(n, t, 2, k // 2).permute(2, 0, 1, 3).contiguous()
+            pairs = chosen.reshape(n, t, 2, k // 2).permute(2, 0, 1, 3)
             if n == 1:
                 flat = pairs.squeeze(1)
                 return lambda start, length: torch.bmm(flat.narrow(1, start, length), up).unsqueeze(1)
@@ -431,7 +431,7 @@ def _per_image(per_row: Tensor, index: RowIndex) -> Tensor:
 
 
 def _per_row(decision: Tensor, index: RowIndex, fold: int) -> Tensor:
-    per_row = decision[index.image_of_row]
+    per_row = decision.expand(len(index.rows.images)) if index.rows.count == 1 else decision[index.image_of_row]
     return per_row.repeat_interleave(fold) if fold > 1 else per_row
 
 

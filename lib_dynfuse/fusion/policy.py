@@ -13,8 +13,10 @@ def subject_wins(divergences: Tensor, threshold: Tensor | float) -> Tensor:
     A tie goes to the subject, and so does a divergence that is not finite: the comparison is turned round so that NaN falls there too.
     """
     subject, style = divergences[0], divergences[1]
-    style_wins = (subject < threshold * style) & torch.isfinite(style)
-    return ~style_wins
+    style = style.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    if not isinstance(threshold, float) or threshold != 1.0:
+        style = threshold * style
+    return (subject < style).logical_not_()
 
 
 def gamma(divergences: Tensor) -> Tensor:
