@@ -33,5 +33,5 @@ def peft(name: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
 
 def saved(folder: Path, tensors: dict[str, Tensor], name: str = "test.safetensors", metadata: dict[str, str] | None = None) -> Path:
     path = folder / name
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, metadata)
     return path
