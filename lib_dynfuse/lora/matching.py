@@ -23,7 +23,7 @@ class SiteBranch:
 
     branch: of the whole layer that the file names. source: which of its rows belong to the site (None: all). whole: for a file
     that names a fused layer of this model as one, all the layer's parts in the order of the file's rows. name, file: the layer's
-    flat name and the file's name, for messages.
+    flat name and the file's name, for messages. shape: of the whole layer's weight, once `fitted` to it.
     """
 
     branch: Branch
@@ -31,24 +31,38 @@ class SiteBranch:
     whole: tuple[Part, ...] = ()
     name: str = ""
     file: str = ""
+    shape: tuple[int, ...] | None = None
 
-    def bind(self, site: Site, layer_weight: Callable[[], Tensor], shape: tuple[int, ...] | None = None) -> LowRank | Dense:
+    def fitted(self, site: Site, shape: tuple[int, ...]) -> SiteBranch:
+        """The same for a layer whose weight is known to have this shape, (out, in[, kh, kw]): `bind` then gives that form.
+
+        Files write a 1 x 1 convolution's matrices in two or four dimensions, and some kinds flatten a kernel; an inpainting model's
+        first convolution is wider than the file's, which changes its first channels only. Raises LoraError, naming layer and file,
+        if the branch does not fit.
+        """
+        own = self.branch.shape
+        if own is not None:
+            if self.source is not None:
+                own = (self._rows(self.source, own[0])[1], *own[1:])
+            if not self._fits(site, own, self._wanted(site, shape)):
+                raise self._misfit(site, own, self._wanted(site, shape))
+        return replace(self, shape=tuple(shape))
+
+    def bind(self, site: Site, layer_weight: Callable[[], Tensor]) -> LowRank | Dense:
         """The branch of this site, ready to be applied.
 
         layer_weight: gives the whole layer's weight (out, in[, kh, kw]), dequantised; called only for kinds that depend on it.
-        shape: that weight's shape, where it is known without dequantising; the branch is checked against it and brought to its
-        form (files write a 1 x 1 convolution's matrices in two or four dimensions, and some a kernel flattened).
-        Raises LoraError, naming file and layer, if the branch does not fit.
+        Raises LoraError, naming layer and file, if the branch does not fit.
         """
-        branch = self.branch
+        branch, shape = self.branch, self.shape
         if isinstance(branch, FromWeight):
             weight = layer_weight().detach()
             shape = tuple(weight.shape)
             own = self._rows_of_file(site, weight)
-            self._refuse_unless(branch.out in (None, own.shape[0]), site, (branch.out or 0, *own.shape[1:]), tuple(own.shape))
-            if branch.shape is not None:
-                fits = branch.shape[0] == own.shape[0] and math.prod(branch.shape) == own.numel()
-                self._refuse_unless(fits, site, branch.shape, tuple(own.shape))
+            if branch.out not in (None, own.shape[0]):
+                raise self._misfit(site, (branch.out or 0, *own.shape[1:]), tuple(own.shape))
+            if branch.shape is not None and math.prod(branch.shape) != own.numel():
+                raise self._misfit(site, branch.shape, tuple(own.shape))
             try:
                 made: LowRank | Dense = branch.bind(own)
             except RuntimeError as error:
@@ -57,10 +71,7 @@ class SiteBranch:
             made = bound(branch, layer_weight)
         if self.source is not None:
             made = made.rows(*self._rows(self.source, made.shape[0]))
-        if shape is None:
-            return made
-        wanted = shape if site.part is None else (self._rows(site.part, shape[0])[1], *shape[1:])
-        return self._fitted(made, wanted, site)
+        return made if shape is None else self._in_form(made, self._wanted(site, shape), site)
 
     def _rows_of_file(self, site: Site, weight: Tensor) -> Tensor:
         """The rows of the layer's weight that the file's tensors stand for, in the file's order."""
@@ -76,34 +87,34 @@ class SiteBranch:
         except ValueError as error:
             raise LoraError(f"{self.file} cannot be used: at layer {self.name}, {error}.") from None
 
-    def _fitted(self, made: LowRank | Dense, wanted: tuple[int, ...], site: Site) -> LowRank | Dense:
+    def _wanted(self, site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the site's rows of the layer's weight."""
+        return tuple(shape) if site.part is None else (self._rows(site.part, shape[0])[1], *shape[1:])
+
+    def _fits(self, site: Site, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        if shape[0] == wanted[0] and math.prod(shape) == math.prod(wanted):
+            return True
+        narrower = len(shape) == len(wanted) == 4 and (shape[0], *shape[2:]) == (wanted[0], *wanted[2:]) and shape[1] < wanted[1]
+        return narrower and site.layer in _FIRST_CONVOLUTIONS
+
+    def _in_form(self, made: LowRank | Dense, wanted: tuple[int, ...], site: Site) -> LowRank | Dense:
         shape = made.shape
         if shape == wanted:
             return made
-        if shape[0] == wanted[0] and math.prod(shape) == math.prod(wanted):
-            if isinstance(made, LowRank):
-                return replace(made, down=made.down.reshape(made.rank, *wanted[1:]))
-            return replace(made, weight=made.weight.reshape(wanted))
-        if (
-            site.layer in _FIRST_CONVOLUTIONS
-            and len(shape) == 4
-            and shape[0] == wanted[0]
-            and shape[1] < wanted[1]
-            and shape[2:] == wanted[2:]
-        ):
-            missing = (0, 0, 0, 0, 0, wanted[1] - shape[1])
-            if isinstance(made, LowRank):
-                return replace(made, down=torch.nn.functional.pad(made.down, missing))
-            return replace(made, weight=torch.nn.functional.pad(made.weight, missing))
-        self._refuse_unless(False, site, shape, wanted)
-        raise AssertionError
+        if not self._fits(site, shape, wanted):
+            raise self._misfit(site, shape, wanted)
+        kernels = made.down if isinstance(made, LowRank) else made.weight
+        if math.prod(shape) == math.prod(wanted):
+            kernels = kernels.reshape(kernels.shape[0], *wanted[1:])
+        else:
+            kernels = torch.nn.functional.pad(kernels, (0, 0, 0, 0, 0, wanted[1] - shape[1]))
+        return replace(made, down=kernels) if isinstance(made, LowRank) else replace(made, weight=kernels)
 
-    def _refuse_unless(self, fits: bool, site: Site, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-        if not fits:
-            raise LoraError(
-                f"{self.file} was made for another base model: its layer {self.name} changes a weight of {_times(shape)}, "
-                f"where this model has {_times(wanted)} ({site.layer})."
-            )
+    def _misfit(self, site: Site, shape: tuple[int, ...], wanted: tuple[int, ...]) -> LoraError:
+        return LoraError(
+            f"{self.file} was made for another base model: its layer {self.name} changes a weight of {_times(shape)}, "
+            f"where this model has {_times(wanted)} ({site.layer})."
+        )
 
 
 def branches_by_site(file: LoraFile, aliases: Mapping[str, list[Alias]]) -> tuple[dict[Site, SiteBranch], list[str]]:

@@ -1,0 +1,137 @@
+"""The layer tables and the names in other schemes, against diffusers' models and its converters of checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lib_dynfuse.lora import block_label, denoiser_aliases, layer_label
+from lib_dynfuse.lora.families import FAMILIES, FLUX, SD1, SD2, SDXL, reference_aliases, reference_layers
+from lib_dynfuse.lora.naming import Part, flat, layout_of
+
+UNETS = {
+    SD1: {"cross_attention_dim": 768},
+    SD2: {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [5, 10, 20, 20]},
+    SDXL: {
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "attention_head_dim": [5, 10, 20],
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": [1, 2, 10],
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+def diffusers_layers(family: str) -> dict[str, tuple[int, ...]]:
+    """Layers of diffusers' own model with the shapes of their weights, without memory for them."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        if family == FLUX:
+            model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+        else:
+            model = diffusers.UNet2DConditionModel(**UNETS[family])
+    return {name: tuple(m.weight.shape) for name, m in model.named_modules() if getattr(m, "weight", None) is not None}
+
+
+def rows(layer: tuple[int, ...], part: Part | None) -> int:
+    return layer[0] if part is None else part.rows(layer[0])[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tables_hold_exactly_diffusers_layers_under_their_own_names(family):
+    ours, theirs = reference_layers(family), diffusers_layers(family)
+    forth, back = reference_aliases(family), denoiser_aliases(theirs)
+    for name, shape in theirs.items():
+        sites = [alias.site for alias in forth[flat(name)]]
+        assert (sum(rows(ours[site.layer], site.part) for site in sites), *ours[sites[0].layer][1:]) == shape, name
+    for name, shape in ours.items():
+        sites = [alias.site for alias in back[flat(name)]]
+        assert (sum(rows(theirs[site.layer], site.part) for site in sites), *theirs[sites[0].layer][1:]) == shape, name
+    assert {alias.site.layer for targets in back.values() for alias in targets} == theirs.keys()
+
+
+@pytest.mark.parametrize("residuals", [1, 2, 3])
+def test_unet_names_agree_with_diffusers_converter_of_checkpoints(residuals):
+    """Three levels, attention in the last two, any number of residual blocks per level."""
+    converters = pytest.importorskip("diffusers.loaders.single_file_utils")
+    inner = ["norm", "proj_in", "proj_out", "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.0.proj"]
+    residual = ["in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection"]
+    names, block = ["time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2"], 1
+    for level in range(3):
+        for _ in range(residuals):
+            names += [f"input_blocks.{block}.0.{name}" for name in residual]
+            names += [f"input_blocks.{block}.1.{name}" for name in inner] if level else []
+            block += 1
+        if level < 2:
+            names.append(f"input_blocks.{block}.0.op")
+            block += 1
+    names += [f"middle_block.{n}.{name}" for n in (0, 2) for name in residual] + [f"middle_block.1.{name}" for name in inner]
+    for block in range(3 * (residuals + 1)):
+        level = 2 - block // (residuals + 1)
+        names += [f"output_blocks.{block}.0.{name}" for name in residual]
+        names += [f"output_blocks.{block}.1.{name}" for name in inner] if level else []
+        names += [f"output_blocks.{block}.2.conv"] if level and block % (residuals + 1) == residuals else []
+    checkpoint = {f"model.diffusion_model.{name}.{end}": torch.tensor(n) for n, name in enumerate(names) for end in ("weight", "bias")}
+    theirs = converters.convert_ldm_unet_checkpoint(checkpoint, {"layers_per_block": residuals})
+    aliases = denoiser_aliases(names)
+    converted = {name.removesuffix(".weight"): names[int(value)] for name, value in theirs.items() if name.endswith(".weight")}
+    assert len(converted) == len(names)
+    for new, old in converted.items():
+        assert [alias.site.layer for alias in aliases[flat(new)]] == [old], new
+    back = denoiser_aliases(list(converted))
+    for new, old in converted.items():
+        assert [alias.site.layer for alias in back[flat(old)]] == [new], old
+
+
+def test_flux_parts_agree_with_diffusers_converter_of_checkpoints():
+    """Every row of every converted weight is found where the aliases of both layouts say. Weights have one column of row numbers."""
+    converters = pytest.importorskip("diffusers.loaders.single_file_utils")
+    wanted = ("double_blocks.0.", "single_blocks.0.")
+    layers = {n: s for n, s in reference_layers(FLUX).items() if n.startswith(wanted) or "blocks." not in n}
+    weights, first = {}, 0
+    for name, shape in layers.items():
+        weights[name] = torch.arange(first, first + shape[0])
+        first += shape[0]
+    checkpoint = {f"{name}.{'scale' if 'norm.' in name else end}": w for name, w in weights.items() for end in ("weight", "bias")}
+    theirs = converters.convert_flux_transformer_checkpoint_to_diffusers(dict(checkpoint))
+    theirs = {name.removesuffix(".weight"): value for name, value in theirs.items() if name.endswith(".weight")}
+    forth, back = denoiser_aliases(layers), denoiser_aliases(theirs)
+
+    def gathered(aliases, model, flat_name):
+        """The rows that a file's layer of this name changes in the model, in the file's order."""
+        pieces = []
+        for alias in sorted(aliases[flat_name], key=lambda alias: alias.source.start if alias.source else 0):
+            whole = model[alias.site.layer]
+            start, length = (0, len(whole)) if alias.site.part is None else alias.site.part.rows(len(whole))
+            pieces.append(whole[start : start + length])
+        return torch.cat(pieces)
+
+    for name, value in theirs.items():
+        torch.testing.assert_close(gathered(forth, weights, flat(name)), value)
+    for name, value in weights.items():
+        torch.testing.assert_close(gathered(back, theirs, flat(name)), value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_has_a_label_of_its_own(family):
+    aliases = reference_aliases(family)
+    sites = {alias.site for targets in aliases.values() for alias in targets}
+    assert len({layer_label(site) for site in sites}) == len(sites)
+    assert all(layer_label(site).startswith(block_label(site)) for site in sites)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_alias_is_a_name_of_a_known_scheme(family):
+    assert [name for name in reference_aliases(family) if layout_of(name) is None] == []
+    strange = [
+        "down_blocks_0_attentions_7_nonsense",
+        "blocks_0_self_attn_q",
+        "input_blocks_1_1_attn1_to_q",
+        "joint_blocks_0_x_block_attn_qkv",
+    ]
+    assert [name for name in strange if layout_of(name) is not None] == []
