@@ -200,10 +200,10 @@ class WebUIHost(ABC):
         """The pass that the tags ask for: None without a tag, one with an error sentence if it cannot be done."""
         new = FusionPass(self, hires=bool(getattr(p, "is_hr_pass", False)), batch=getattr(p, "iteration", 0))
         try:
-            settings = self._parse_tags(tags)
-            if settings is None:
+            new.settings = self._parse_tags(tags)
+            if new.settings is None:
                 return None
-            new.request = self._read_pair(settings)
+            new.request = self._read_pair(new.settings)
         except (SettingsError, LoraError, UnknownLora, FusionError) as reason:
             new.error = f"DynFuse: {reason}"
         except Exception as reason:

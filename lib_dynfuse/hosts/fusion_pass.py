@@ -57,10 +57,12 @@ class Request:
 class FusionPass:
     """One pass.
 
+    settings: what was asked for; None if it could not be understood. request: the same with the LoRAs, until the job is over.
     error: the sentence that stops the image, instead of a request. batch: number of the batch in the job, from 0.
     """
 
     denoisers: Denoisers
+    settings: FuseSettings | None = None
     request: Request | None = None
     error: str | None = None
     hires: bool = False
@@ -72,10 +74,6 @@ class FusionPass:
     _report: Report | None = field(default=None, init=False)
     _notes: list[str] = field(default_factory=list, init=False)
     _hook: ExitStack = field(default_factory=ExitStack, init=False)
-
-    @property
-    def settings(self) -> FuseSettings | None:
-        return self.request.settings if self.request else None
 
     @property
     def trace(self) -> Trace | None:
@@ -229,9 +227,11 @@ class FusionJob:
             log.exception("DynFuse could not read the record of a pass")
 
     def end(self) -> None:
-        """The job is over, well or badly."""
+        """The job is over, well or badly. The record may be kept for long; the LoRAs are not, with it."""
         self.finish_current()
         self.over = True
+        for done in self.passes:
+            done.request = None
 
     def notes(self) -> list[str]:
         """The sentences of all passes of this batch, each once."""

@@ -1,0 +1,363 @@
+"""Fused images from a diffusers pipeline, for programs without a WebUI.
+
+    pipeline = load_pipeline("stable-diffusion-v1-5/")
+    fused = FusedPipeline(pipeline, read_lora("dog.safetensors"), read_lora("watercolor.safetensors"), FuseSettings())
+    result = fused("a dog in a park", seeds=[1])
+    result.images[0].save("dog.png")
+
+The pipeline keeps its own loop, scheduler and guidance. Our forwards lie on its denoiser and its text encoders only while these run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..fusion import FusionError, FusionSession, Report, Rows, Trace
+from ..fusion.layer import FusedLayer, FusedSite, StepState
+from ..lora import LoraFile
+from ..lora.matching import SiteBranch
+from ..lora.naming import Site, flat
+from ..settings import FuseSettings
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
+
+
+class PipelineError(RuntimeError):
+    """A model that cannot be loaded or run. One sentence for the user."""
+
+
+@dataclass(frozen=True)
+class FusedImages:
+    """images: PIL, in the order of the seeds. trace, report: as a session's. notes: sentences that the user should see."""
+
+    images: list[Image.Image]
+    trace: Trace
+    report: Report
+    notes: list[str]
+
+
+class FusedPipeline:
+    """A pipeline and a pair of LoRAs. Nothing is changed on the pipeline between calls."""
+
+    def __init__(self, pipeline: Any, subject: LoraFile, style: LoraFile, settings: FuseSettings | None = None):
+        """pipeline: a diffusers pipeline of PIPELINES. Raises FusionError when the LoRAs do not fit it or each other."""
+        self.pipeline = pipeline
+        self.subject, self.style = subject, style
+        self.settings = settings or FuseSettings()
+        self._text = SummedTextParts(text_encoders(pipeline), subject, style, self.settings)
+        self._new_session()  # tells now whether the pair fits, not after the prompt was encoded
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        seeds: Sequence[int] = (0,),
+        steps: int = 30,
+        guidance: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **more: Any,
+    ) -> FusedImages:
+        """One image per seed, as one batch; an image does not depend on the others of its batch.
+
+        guidance: the CFG scale (Flux: the distilled guidance), None for the pipeline's default. width, height: pixels, None for the
+        model's own size. progress: called with (steps done, steps) after each. more: passed on to the pipeline.
+        Raises PipelineError for arguments that the pipeline refuses.
+        """
+        session = self._new_session()
+        notes = list(self._text.notes)
+        arguments: dict[str, Any] = {
+            "prompt": prompt,
+            "num_images_per_prompt": len(seeds),
+            "num_inference_steps": steps,
+            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            "width": width,
+            "height": height,
+            **more,
+        }
+        if guidance is not None:
+            arguments["guidance_scale"] = guidance
+        if negative_prompt and _takes_negative_prompt(self.pipeline):
+            arguments["negative_prompt"] = negative_prompt
+        elif negative_prompt:
+            notes.append("The negative prompt was not used: Flux has none.")
+        if progress is not None:
+            arguments["callback_on_step_end"] = _step_callback(progress)
+        try:
+            with self._text.during_encoding(self.pipeline), self._during_denoising(session):
+                images = list(self.pipeline(**arguments).images)
+        except ValueError as error:  # what the pipelines' own checks of arguments raise
+            raise PipelineError(_first_line(error)) from error
+        finally:
+            session.release()
+        return FusedImages(images, session.trace, session.report, notes + session.notes())
+
+    def _new_session(self) -> FusionSession:
+        return FusionSession(denoiser(self.pipeline), self.subject, self.style, self.settings)
+
+    @contextmanager
+    def _during_denoising(self, session: FusionSession) -> Iterator[None]:
+        """Each call of the denoiser is a step, in the session's hands."""
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            latent = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+            session.new_step()
+            with session.attached(rows_of(self.pipeline, latent.shape[0])):
+                return forward(*args, **kwargs)
+
+        with _wrapped(denoiser(self.pipeline), "forward", around):
+            yield
+
+
+class SummedTextParts:
+    """Both LoRAs' text-encoder parts, added up on the encoders while a prompt is encoded.
+
+    dW = te_weight * (subject_weight * dW_subject + style_weight * dW_style); the paper chooses only inside the denoiser.
+    layers: what is put on the encoders. notes: sentences about parts that fit no encoder.
+    """
+
+    def __init__(self, encoders: dict[str, nn.Module], subject: LoraFile, style: LoraFile, settings: FuseSettings):
+        """encoders: by their names in LoraFile.text. Raises FusionError for a part that was made for another encoder."""
+        self.notes: list[str] = []
+        self._state = StepState(FuseSettings(method="direct"))
+        strengths = (settings.te_weight * settings.subject_weight, settings.te_weight * settings.style_weight)
+        found: dict[tuple[str, str], list[SiteBranch | None]] = {}
+        for side, (file, strength) in enumerate(zip((subject, style), strengths, strict=True)):
+            unmatched: list[str] = []
+            for encoder, branches in file.text.items() if strength else ():
+                layers = _layers_by_flat_name(encoders[encoder]) if encoder in encoders else {}
+                for name, branch in branches.items():
+                    if name not in layers:
+                        unmatched.append(f"{encoder} {name}")
+                        continue
+                    pair = found.setdefault((encoder, layers[name]), [None, None])
+                    pair[side] = _fitted(SiteBranch(branch, name=name, file=file.path.name), encoders[encoder], layers[name])
+            if unmatched:
+                self.notes.append(
+                    f"{len(unmatched)} text-encoder layers of {file.name} fit no text encoder of this model (such as {unmatched[0]})."
+                )
+        self.layers = [
+            FusedLayer(
+                name, encoders[encoder].get_submodule(name), [FusedSite(Site(name), (pair[0], pair[1]), strengths)], self._state, _weight_of
+            )
+            for (encoder, name), pair in found.items()
+        ]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Put the sums on the encoders' layers; they are off again whatever happens inside."""
+        try:
+            for layer in self.layers:
+                layer.attach()
+            self._state.active = True
+            yield
+        finally:
+            self._state.active = False
+            for layer in self.layers:
+                layer.detach()
+
+    @contextmanager
+    def during_encoding(self, pipeline: Any) -> Iterator[None]:
+        """Attach around the pipeline's encode_prompt, for as long as the with-block lasts."""
+
+        def around(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with self.attached():
+                return encode(*args, **kwargs)
+
+        with _wrapped(pipeline, "encode_prompt", around):
+            yield
+
+
+def denoiser(pipeline: Any) -> nn.Module:
+    """The pipeline's U-Net or transformer. Raises PipelineError."""
+    found = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if not isinstance(found, nn.Module):
+        raise PipelineError(f"{type(pipeline).__name__} has no U-Net or transformer to fuse on.")
+    return found
+
+
+def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's text encoders under their names in LoraFile.text."""
+    second = "t5" if getattr(pipeline, "transformer", None) is not None else "te2"
+    encoders = {"te1": getattr(pipeline, "text_encoder", None), second: getattr(pipeline, "text_encoder_2", None)}
+    return {name: encoder for name, encoder in encoders.items() if encoder is not None}
+
+
+def rows_of(pipeline: Any, batch: int) -> Rows:
+    """The rows of a denoiser call: diffusers puts the negative prompt's rows first, and has none without guidance."""
+    if not getattr(pipeline, "do_classifier_free_guidance", False):
+        return Rows.separate(batch)
+    images = batch // 2
+    return Rows((*range(images), *range(images)), (False,) * images + (True,) * images, images)
+
+
+def load_pipeline(
+    model: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None, config: str | Path | None = None
+) -> Any:
+    """A pipeline folder or a single-file checkpoint, ready to run.
+
+    device: "cuda", "mps" or "cpu"; None for the best there is. dtype: None for float32 on a CPU, bfloat16 for Flux and float16 for
+    the others elsewhere. config: a pipeline folder of the same base model, from which a single-file checkpoint takes its
+    configuration and tokenizers (Flux: all but the transformer); without it diffusers looks for them in its cache and online.
+    Raises PipelineError.
+    """
+    path = Path(model)
+    if not path.exists():
+        raise PipelineError(f"{path} cannot be loaded: there is no such file or folder.")
+    if config is not None and not (Path(config) / "model_index.json").is_file():
+        raise PipelineError(f"{config} is no pipeline folder: it holds no model_index.json.")
+    kind = _class_of_folder(path) if path.is_dir() else _class_of_checkpoint(path)
+    device = device or best_device()
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16 if kind == "FluxPipeline" else torch.float16
+    try:
+        if path.is_dir():
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=_variant(path), local_files_only=True)
+        elif kind == "FluxPipeline":
+            pipeline = _flux_from_single_file(path, dtype, config)
+        else:
+            found = {"config": str(config)} if config is not None else {}
+            pipeline = getattr(diffusers, kind).from_single_file(str(path), torch_dtype=dtype, **found)
+        pipeline = pipeline.to(device)
+    except PipelineError:
+        raise
+    except Exception as error:  # diffusers raises whatever its libraries raise
+        raise PipelineError(_why_not_loaded(path, config, error)) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def best_device() -> str:
+    """ "cuda", "mps" or "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _class_of_folder(path: Path) -> str:
+    try:
+        kind = json.loads((path / "model_index.json").read_text("utf-8"))["_class_name"]
+    except FileNotFoundError:
+        raise PipelineError(f"{path} is no pipeline folder: it holds no model_index.json.") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise PipelineError(f"{path} cannot be loaded: its model_index.json cannot be read.") from None
+    if kind not in PIPELINES:
+        raise PipelineError(f"{path} cannot be used: it is a {kind}, and DynFuse runs {', '.join(PIPELINES)}.")
+    return kind
+
+
+def _class_of_checkpoint(path: Path) -> str:
+    keys = {key.removeprefix("model.diffusion_model.") for key in _checkpoint_keys(path)}
+    if "double_blocks.0.img_attn.qkv.weight" in keys:
+        return "FluxPipeline"
+    if "input_blocks.0.0.weight" in keys:
+        if any(key.startswith("conditioner.embedders.1.") for key in keys):
+            return "StableDiffusionXLPipeline"
+        if any(key.startswith("cond_stage_model.") for key in keys):
+            return "StableDiffusionPipeline"
+    raise PipelineError(f"{path.name} cannot be used: its tensors are not those of a Stable Diffusion 1.x, 2.x, SDXL or Flux checkpoint.")
+
+
+def _checkpoint_keys(path: Path) -> list[str]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return list(file.keys())
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return list(content.get("state_dict", content))
+    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        raise PipelineError(f"{path.name} cannot be read: it is damaged or no checkpoint ({_first_line(error)}).") from None
+
+
+def _variant(folder: Path) -> str | None:
+    """ "fp16" for a folder that holds the weights under that name only."""
+    weights = [file.name for part in ("unet", "transformer") for file in (folder / part).glob("diffusion_pytorch_model*")]
+    weights = [name for name in weights if not name.endswith(".json")]
+    return "fp16" if weights and all(".fp16" in name for name in weights) else None
+
+
+def _flux_from_single_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:
+    if config is None:
+        raise PipelineError(f"{path.name} holds only Flux's transformer: give a Flux pipeline folder for the rest with --config.")
+    transformer = diffusers.FluxTransformer2DModel.from_single_file(
+        str(path), config=str(config), subfolder="transformer", torch_dtype=dtype
+    )
+    return diffusers.FluxPipeline.from_pretrained(config, transformer=transformer, torch_dtype=dtype, local_files_only=True)
+
+
+def _why_not_loaded(path: Path, config: str | Path | None, error: Exception) -> str:
+    out_of_reach = isinstance(error, (OSError, ConnectionError)) and not isinstance(error, FileNotFoundError)
+    if path.is_file() and config is None and (out_of_reach or "config" in str(error).lower()):
+        return (
+            f"{path.name} cannot be loaded: the configuration and tokenizers for it are not on this machine and could not be "
+            "downloaded; give a pipeline folder of the same base model with --config."
+        )
+    return f"{path.name} cannot be loaded: {_first_line(error)}."
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _takes_negative_prompt(pipeline: Any) -> bool:
+    return getattr(pipeline, "transformer", None) is None and "negative_prompt" in inspect.signature(pipeline.__call__).parameters
+
+
+def _step_callback(progress: Callable[[int, int], None]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress(step + 1, pipeline.num_timesteps)
+        return tensors
+
+    return on_step_end
+
+
+def _layers_by_flat_name(encoder: nn.Module) -> dict[str, str]:
+    """Flat name -> dotted name of an encoder's layers."""
+    names = [name for name, module in encoder.named_modules() if getattr(module, "weight", None) is not None]
+    found = {flat(name): name for name in names}
+    # transformers 5 has no "text_model" between CLIPTextModel and its layers; files keep it in their names.
+    return {**{f"text_model_{flat_name}": name for flat_name, name in found.items()}, **found}
+
+
+def _fitted(branch: SiteBranch, encoder: nn.Module, layer: str) -> SiteBranch:
+    try:
+        return branch.fitted(Site(layer), tuple(encoder.get_submodule(layer).weight.shape))
+    except ValueError as error:
+        raise FusionError(str(error)) from None
+
+
+def _weight_of(module: nn.Module) -> torch.Tensor:
+    return module.weight  # type: ignore[return-value]
+
+
+@contextmanager
+def _wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Route calls of owner.name through `around(original, ...)`; the owner is as it was afterwards."""
+    had = name in vars(owner)
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: around(original, *args, **kwargs))
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+__all__ = ["PIPELINES", "FusedImages", "FusedPipeline", "PipelineError", "SummedTextParts", "load_pipeline"]

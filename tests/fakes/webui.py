@@ -1,0 +1,293 @@
+"""What A1111 and Forge have in common, as far as DynFuse touches it: the modules that it imports, and one job's order of events.
+
+The order is that of modules/processing.py of both; a picture is the final latent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .models import embedded
+
+HOOKS = (
+    "before_process",
+    "process",
+    "before_process_batch",
+    "process_batch",
+    "process_before_every_sampling",
+    "cfg_denoiser",
+    "cfg_denoised",
+    "cfg_after_cfg",
+    "post_sample",
+    "postprocess_batch",
+    "postprocess",
+)
+
+
+class InterruptedException(BaseException):
+    pass
+
+
+class ExtraNetworkParams:
+    def __init__(self, items):
+        self.items = items
+        self.positional = [item for item in items if "=" not in item]
+
+
+@dataclass
+class Entry:
+    """networks.NetworkOnDisk."""
+
+    name: str
+    filename: str
+    alias: str
+    shorthash: str = ""
+
+    def read_hash(self):
+        self.shorthash = self.shorthash or f"hash-{self.name}"
+
+
+@dataclass
+class Conditioning:
+    """prompt_parser.MulticondLearnedConditioning: per image, one tensor (tokens, width) per AND part."""
+
+    batch: list[list[torch.Tensor]]
+
+
+@dataclass(eq=True)  # as in the WebUIs: not hashable
+class Processing:
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 1
+    steps: int = 3
+    cfg_scale: float = 5.0
+    batch_size: int = 1
+    n_iter: int = 1
+    enable_hr: bool = False
+    hr_prompt: str = ""
+    disable_extra_networks: bool = False
+    refiner: Any = None
+    refiner_step: int = 1
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    extra_generation_params: dict[str, Any] = field(default_factory=dict)
+    comments: dict[str, int] = field(default_factory=dict)
+    is_hr_pass: bool = False
+    iteration: int = 0
+    cached_c: list[Any] = field(default_factory=lambda: [None, None])
+    cached_uc: list[Any] = field(default_factory=lambda: [None, None])
+
+    def comment(self, text):
+        self.comments[text] = 1
+
+    def hook(self, name, *args):
+        """The hosts print what a script's hook raises, and go on. An interrupt is no Exception."""
+        with contextlib.suppress(Exception):
+            if name in self.callbacks:
+                self.callbacks[name](self, *args)
+
+
+@dataclass
+class Processed:
+    images: torch.Tensor
+    infotext: dict[str, Any]
+    comments: str
+    p: Processing
+
+
+class FakeWebUI:
+    """Installs the fake modules into sys.modules; `files` are the LoRAs by name."""
+
+    guard = staticmethod(torch.no_grad)
+
+    def __init__(self, files, aliases=None):
+        self.files, self.aliases = dict(files), dict(aliases or {})
+        self.activations = 0
+        self.interrupt_at = None
+        self.modules = {}
+        shared = self.module("modules.shared", opts=types.SimpleNamespace(lora_functional=False, batch_cond_uncond=True), sd_model=None)
+        self.module("modules.sd_unet", current_unet=None)
+        self.module("modules.sd_models", model_data=types.SimpleNamespace(get_sd_model=lambda: shared.sd_model))
+        self.module("modules.sd_samplers_common", apply_refiner=self.apply_refiner, InterruptedException=InterruptedException)
+        self.module("modules.sd_samplers_cfg_denoiser", CFGDenoiser=self.denoiser_class())
+        self.module("modules.extra_networks", activate=self.activate, deactivate=lambda p, data: None)
+        self.module("modules.processing", process_images_inner=self.process_images_inner)
+        self.module(
+            "networks",
+            load_networks=self.load_networks,
+            list_available_networks=self.list_available_networks,
+            loaded_networks=[],
+            available_networks={},
+            available_network_aliases={},
+            forbidden_network_aliases={},
+            available_network_hash_lookup={},
+        )
+        self.shared, self.networks = self.modules["modules.shared"], self.modules["networks"]
+
+    def module(self, name, **contents):
+        module = self.modules[name] = types.ModuleType(name)
+        vars(module).update(contents)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(self.modules.get(parent) or self.module(parent), child, module)
+        return module
+
+    def __enter__(self):
+        self._before = {name: sys.modules.get(name) for name in [*self.modules, "backend"]}
+        sys.modules.pop("backend", None)
+        sys.modules.update(self.modules)
+        self.list_available_networks()
+        return self
+
+    def __exit__(self, *error):
+        for name, module in self._before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
+
+    def list_available_networks(self):
+        self.networks.available_networks.clear()
+        self.networks.available_network_aliases.clear()
+        for name, path in self.files.items():
+            entry = Entry(name, path, self.aliases.get(name, name))
+            self.networks.available_networks[name] = entry
+            self.networks.available_network_aliases.update({name: entry, entry.alias: entry})
+            self.networks.available_network_hash_lookup[f"hash-{name}"] = entry
+
+    # extra_networks
+
+    @staticmethod
+    def parse_prompt(prompt):
+        import re
+
+        data = defaultdict(list)
+
+        def found(match):
+            data[match[1]].append(ExtraNetworkParams(match[2].split(":")))
+            return ""
+
+        return re.sub(r"<(\w+):([^>]+)>", found, prompt), dict(data)
+
+    def activate(self, p, data):
+        self.activations += 1
+        params = data.get("lora", [])
+        # What an ExtraNetwork's activate raises is printed, and the job goes on (extra_networks.py:118).
+        with contextlib.suppress(Exception):
+            strengths = [float(x.positional[1]) if len(x.positional) > 1 else 1.0 for x in params]
+            self.networks.load_networks([x.positional[0] for x in params], strengths, strengths, [None] * len(params))
+
+    # processing
+
+    def run(self, prompt, **settings):
+        """The final latents of one job, as processing.process_images gives them."""
+        return self.process(Processing(prompt, **settings)).images
+
+    def process(self, p):
+        p.hook("before_process")
+        return self.modules["modules.processing"].process_images_inner(p)
+
+    def process_images_inner(self, p):
+        p.hook("process")
+        images = []
+        infotext = {}
+        with self.guard():
+            for p.iteration in range(p.n_iter):
+                self.begin_batch(p)
+                prompts = [p.prompt] * p.batch_size
+                p.hook("before_process_batch", prompts)
+                texts = [self.parse_prompt(prompt)[0] for prompt in prompts]
+                data = p.extra_network_data = self.parse_prompt(prompts[0])[1]
+                if not p.disable_extra_networks:
+                    self.modules["modules.extra_networks"].activate(p, data)
+                self.after_activate(p)
+                p.hook("process_batch")
+                seeds = [p.seed + p.iteration * p.batch_size + i for i in range(p.batch_size)]
+                p.cond, p.uncond = self.conditionings(p, texts, data)
+                latents = self.sample(p, torch.stack([noise(seed) for seed in seeds]))
+                if p.enable_hr:
+                    latents = self.second_pass(p, latents, seeds)
+                p.hook("post_sample")
+                p.hook("postprocess_batch")
+                images.append(latents)
+                infotext = {k: v(**{}) if callable(v) else v for k, v in p.extra_generation_params.items()}
+        result = Processed(torch.cat(images), infotext, "".join(f"{c}\n" for c in p.comments), p)
+        p.hook("postprocess", result)
+        return result
+
+    def second_pass(self, p, latents, seeds):
+        p.is_hr_pass = True
+        text, data = self.parse_prompt(p.hr_prompt or p.prompt)
+        p.hr_extra_network_data = data
+        latents = torch.nn.functional.interpolate(latents, scale_factor=2.0, mode="nearest")
+        if not p.disable_extra_networks:
+            self.modules["modules.extra_networks"].activate(p, data)
+        self.after_activate(p)
+        p.cond, p.uncond = self.conditionings(p, [text] * p.batch_size, data)
+        latents = self.sample(p, latents + torch.stack([noise(seed + 1000, 8) for seed in seeds]))
+        p.is_hr_pass = False
+        return latents
+
+    def conditionings(self, p, texts, data):
+        """Positive and negative conditionings, kept across jobs under prompt and tags as in processing.py:440."""
+        key = (tuple(texts), p.negative_prompt, repr({name: [x.items for x in params] for name, params in data.items()}))
+        if p.cached_c[0] != key:
+            parts = [[part.strip() for part in text.split(" AND ")] for text in texts]
+            p.cached_c[:] = [key, Conditioning([[self.encode([t])[0] for t in image] for image in parts])]
+        if p.cached_uc[0] != key:
+            p.cached_uc[:] = [key, [self.encode([p.negative_prompt])[0] for _ in texts]]
+        return p.cached_c[1], p.cached_uc[1]
+
+    def sample(self, p, x):
+        sampler = types.SimpleNamespace(sampler_extra_args={"cond": p.cond, "uncond": p.uncond})
+        denoiser = self.modules["modules.sd_samplers_cfg_denoiser"].CFGDenoiser(self, sampler, p)
+        p.hook("process_before_every_sampling")
+        self.before_sampling(p)
+        try:
+            for step in range(p.steps):
+                if self.interrupt_at == step:
+                    raise InterruptedException
+                sigma = torch.full((x.shape[0],), float(p.steps - step))
+                extra = sampler.sampler_extra_args
+                denoised = denoiser(x, sigma, cond=extra["cond"], uncond=extra["uncond"], cond_scale=p.cfg_scale, s_min_uncond=0, image_cond=None)
+                x = x + 0.3 * (denoised - x)
+        except InterruptedException:
+            pass
+        return x
+
+    def apply_refiner(self, cfg_denoiser, *args):
+        p = cfg_denoiser.p
+        if p.refiner is None or cfg_denoiser.step != p.refiner_step or self.shared.sd_model is p.refiner:
+            return False
+        self.shared.sd_model = p.refiner
+        self.switch_model(cfg_denoiser)
+        return True
+
+    # Differs between the hosts.
+
+    def begin_batch(self, p): ...
+
+    def after_activate(self, p): ...
+
+    def before_sampling(self, p): ...
+
+    def switch_model(self, cfg_denoiser): ...
+
+    def encode(self, texts):
+        return torch.stack([embedded(text) for text in texts])
+
+    def denoiser_class(self):
+        raise AssertionError
+
+    def load_networks(self, names, te_multipliers=None, unet_multipliers=None, dyn_dims=None):
+        raise AssertionError
+
+
+def noise(seed, size=4):
+    return torch.randn(4, size, size, generator=torch.Generator().manual_seed(seed))

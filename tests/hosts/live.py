@@ -1,0 +1,160 @@
+"""A running WebUI, talked to over HTTP only."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+class Refused(Exception):
+    """The WebUI answered with an error; the text is what its user would read."""
+
+
+@dataclass
+class Answer:
+    """pixels: (images, height, width, 3) int. info: the job's parameters."""
+
+    pixels: np.ndarray
+    info: dict[str, Any]
+
+    @property
+    def infotext(self) -> str:
+        return self.info["infotexts"][0]
+
+
+class WebUI:
+    def __init__(self, address: str):
+        self.address = address.rstrip("/")
+        # Never through a proxy: the WebUI is on this machine or on the next.
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def call(self, path: str, body: Any = None, timeout: float = 600) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        try:
+            with self.opener.open(request, timeout=timeout) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            try:
+                answer = json.loads(text)
+                text = " ".join(str(answer.get(key) or "") for key in ("error", "detail", "message", "errors"))
+            except (ValueError, AttributeError):
+                pass
+            raise Refused(text.strip()) from None
+
+    def options(self, **values: Any) -> None:
+        self.call("/sdapi/v1/options", values)
+
+    def script_names(self) -> set[str]:
+        return set(self.call("/sdapi/v1/scripts")["txt2img"])
+
+    def interrupt(self) -> None:
+        self.call("/sdapi/v1/interrupt", {})
+
+    def skip(self) -> None:
+        self.call("/sdapi/v1/skip", {})
+
+    def sampling_step(self) -> int:
+        state = self.call("/sdapi/v1/progress?skip_current_image=true")["state"]
+        return state["sampling_step"] if state["job_count"] else -1
+
+
+@dataclass
+class Case:
+    """A base model on a WebUI with a pair of LoRAs for it.
+
+    other: a third LoRA that becomes part of the base, if there is one. options: what loads the model. job: parameters of every job.
+    """
+
+    name: str
+    webui: WebUI
+    subject: str
+    style: str
+    options: dict[str, Any]
+    job: dict[str, Any] = field(default_factory=dict)
+    other: str | None = None
+
+    @property
+    def tag(self) -> str:
+        return self.tag_with()
+
+    def tag_with(self, *items: str) -> str:
+        return f"<dynfuse:{':'.join((self.subject, self.style, *items))}>"
+
+    @property
+    def two_tags(self) -> str:
+        return f"<lora:{self.subject}:1><lora:{self.style}:1>"
+
+    def load(self) -> None:
+        self.webui.options(**self.options)
+
+    def parameters(self, prompt: str, **changes: Any) -> dict[str, Any]:
+        return {"prompt": prompt, "seed": 1, "steps": 3, "width": 64, "height": 64, "cfg_scale": 5, "sampler_name": "Euler", **self.job, **changes}
+
+    def image(self, prompt: str, **changes: Any) -> Answer:
+        """txt2img; img2img if init_images are given."""
+        parameters = self.parameters(prompt, **changes)
+        path = "/sdapi/v1/img2img" if "init_images" in parameters else "/sdapi/v1/txt2img"
+        answer = self.webui.call(path, parameters)
+        info = json.loads(answer["info"])
+        images = answer["images"][info["index_of_first_image"] :][: len(info["all_seeds"])]
+        return Answer(np.stack([_decoded(image) for image in images]), info)
+
+    def pixels(self, prompt: str, **changes: Any) -> np.ndarray:
+        return self.image(prompt, **changes).pixels
+
+    def refusal(self, prompt: str, **changes: Any) -> str:
+        """What the user reads instead of an image."""
+        try:
+            self.image(prompt, **changes)
+        except Refused as refused:
+            return str(refused)
+        raise AssertionError("the WebUI made an image")
+
+    def stopped_at(self, step: int, stop: Any, prompt: str, **changes: Any) -> None:
+        """Start a job and call `stop` (WebUI.interrupt, WebUI.skip) once it has reached a step."""
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.image(prompt, **changes)
+            except Refused as refused:
+                failures.append(refused)
+
+        job = threading.Thread(target=run)
+        job.start()
+        reached = time.monotonic() + 60
+        while job.is_alive() and self.webui.sampling_step() < step and time.monotonic() < reached:
+            time.sleep(0.005)
+        stop()
+        job.join(120)
+        assert not job.is_alive()
+        assert not failures, failures
+
+
+def _decoded(image: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")).astype(int)
+
+
+def encoded(pixels: np.ndarray) -> str:
+    """One image, as img2img takes it."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    """Largest difference of any channel, 0 to 255."""
+    assert one.shape == other.shape
+    return int(abs(one - other).max())
