@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class A1111(WebUIHost):
         # Other LoRAs are merged lazily, in each layer's first forward (networks.py:411): do it now.
         if not shared.opts.lora_functional:
             networks.network_apply_weights(layer)
-        return layer.weight  # type: ignore[return-value]
+        return cast(Tensor, layer.weight)
 
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         return CondFirst([len(prompts) for prompts in cond.batch])
@@ -129,7 +129,7 @@ class TextModule:
         """y with this change added: asked for under the option lora_functional (networks.py:551)."""
         layer = self._layer()
         assert layer is not None, "the text encoder was unloaded"
-        change, shift = self.calc_updown(layer.weight)  # type: ignore[arg-type]
+        change, shift = self.calc_updown(cast(Tensor, layer.weight))
         return y + nn.functional.linear(x, change.to(x.dtype), None if shift is None else shift.to(x.dtype))
 
 

@@ -225,8 +225,8 @@ class WebUIHost(ABC):
         for path in paths:
             try:
                 version, file = self._files.read(path)
-            except OSError as reason:
-                raise LoraError(f"{os.path.basename(path)} cannot be read: {reason.strerror or reason}.") from None
+            except OSError as error:
+                raise LoraError(f"{os.path.basename(path)} cannot be read: {error.strerror or error}.") from None
             versions.append(version)
             files.append(file)
         reason = compatible(*files)
@@ -261,7 +261,7 @@ class WebUIHost(ABC):
             active.note(f"<lora:{name}> was left out: DynFuse uses this LoRA already, at the weights of its own tag or panel.")
 
         def kept(values: Sequence[Any] | None) -> list[Any] | None:
-            return values if values is None else [value for value, ours in zip(values, claimed) if not ours]  # type: ignore[return-value]
+            return None if values is None else [value for value, ours in zip(values, claimed) if not ours]
 
         try:
             return original(kept(names), kept(te_multipliers), kept(unet_multipliers), kept(dyn_dims), *args, **kwargs)

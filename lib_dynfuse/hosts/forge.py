@@ -115,12 +115,13 @@ def text_patches(part: TextPart, names: Mapping[str, Tensor], weight: Any) -> tu
         if path.endswith(".weight"):
             by_layer[encoder, path[: -len(".weight")].replace(".", "_")] = key
     patches: dict[str, tuple[str, tuple[Any, ...]]] = {}
-    unmatched = []
+    unmatched: list[str] = []
     for encoder, layer, branch in part.branches():
-        key = next((by_layer[e, layer] for e in ENCODERS.get(encoder, ()) if (e, layer) in by_layer), None)
-        if key is None:
+        found = [by_layer[name, layer] for name in ENCODERS.get(encoder, ()) if (name, layer) in by_layer]
+        if not found:
             unmatched.append(f"{encoder} {layer}")
             continue
+        key = found[0]
         patches[key] = _patch(branch, lambda key=key: weight(key))
         bias_key = key[: -len("weight")] + "bias"
         if branch.bias is not None and bias_key in names:

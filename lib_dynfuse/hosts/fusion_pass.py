@@ -165,7 +165,7 @@ class FusionPass:
 @contextmanager
 def fused_calls(model: nn.Module, session: FusionSession, rows_of: RowLayout) -> Iterator[None]:
     """Every call of the model inside is made with the session attached. The model's own forward is back afterwards."""
-    had_own = "forward" in model.__dict__
+    own = model.__dict__.get("forward")  # another extension's
     original = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -173,14 +173,14 @@ def fused_calls(model: nn.Module, session: FusionSession, rows_of: RowLayout) ->
         with session.attached(rows_of(x, kwargs)):
             return original(*args, **kwargs)
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.__dict__["forward"] = forward
     try:
         yield
     finally:
-        if had_own:
-            model.forward = original  # type: ignore[method-assign]
-        else:
+        if own is None:
             del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = own
 
 
 class FusionJob:

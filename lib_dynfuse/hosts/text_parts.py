@@ -48,13 +48,11 @@ def text_parts(settings: FuseSettings, files: Sequence[LoraFile], versions: Sequ
     """The parts of (subject, style); None if there is nothing to merge."""
     strengths = (settings.te_weight * settings.subject_weight, settings.te_weight * settings.style_weight)
     parts = tuple(
-        TextPart(file.name, file.text, strength)
-        for file, strength in zip(files, strengths)
-        if strength != 0.0 and any(file.text.values())
+        TextPart(file.name, file.text, strength) for file, strength in zip(files, strengths) if strength != 0.0 and any(file.text.values())
     )
     if not parts:
         return None
-    contents = repr([(version, strength) for version, strength in zip(versions, strengths)])
+    contents = repr(list(zip(versions, strengths)))
     digest = hashlib.sha256(contents.encode()).hexdigest()[:12]
     return TextParts(f"DynFuse text encoders of {' and '.join(part.name for part in parts)} ({digest})", parts)
 

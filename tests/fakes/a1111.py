@@ -22,7 +22,9 @@ class Network:
         for key in {key.split(".")[0] for key in tensors}:
             layer = key.replace("lora_unet_", "diffusion_model_").replace("lora_te_", "transformer_")
             if layer in mapping:
-                self.modules[layer] = Module(self, layer, *(tensors[f"{key}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha")))
+                self.modules[layer] = Module(
+                    self, layer, *(tensors[f"{key}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+                )
 
 
 class Module:
@@ -144,7 +146,9 @@ class CFGDenoiser(nn.Module):
         if tensor.shape[1] == uncond.shape[1] or skip:
             cond_in = tensor if skip else torch.cat([tensor, uncond])
             size = x_in.shape[0] if together else images
-            out = torch.cat([self.inner_model(x_in[a : a + size], sigma_in[a : a + size], cond_in[a : a + size]) for a in range(0, x_in.shape[0], size)])
+            out = torch.cat(
+                [self.inner_model(x_in[a : a + size], sigma_in[a : a + size], cond_in[a : a + size]) for a in range(0, x_in.shape[0], size)]
+            )
         else:
             size = images * 2 if together else images
             total = tensor.shape[0]

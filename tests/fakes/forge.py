@@ -142,7 +142,16 @@ class FakeForge(FakeWebUI):
             tensors = load_file(filename)
             for patcher, keys, strength in ((unet, unet_keys(unet), unet_strength), (clip, clip_keys(clip), text_strength)):
                 patches = {
-                    key: ("lora", (tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"], tensors[f"{name}.alpha"].item(), None, None))
+                    key: (
+                        "lora",
+                        (
+                            tensors[f"{name}.lora_up.weight"],
+                            tensors[f"{name}.lora_down.weight"],
+                            tensors[f"{name}.alpha"].item(),
+                            None,
+                            None,
+                        ),
+                    )
                     for name, key in keys.items()
                     if f"{name}.alpha" in tensors
                 }

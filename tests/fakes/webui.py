@@ -198,7 +198,8 @@ class FakeWebUI:
         images = []
         infotext = {}
         with self.guard():
-            for p.iteration in range(p.n_iter):
+            for batch in range(p.n_iter):
+                p.iteration = batch
                 self.begin_batch(p)
                 prompts = [p.prompt] * p.batch_size
                 p.hook("before_process_batch", prompts)
@@ -255,7 +256,9 @@ class FakeWebUI:
                     raise InterruptedException
                 sigma = torch.full((x.shape[0],), float(p.steps - step))
                 extra = sampler.sampler_extra_args
-                denoised = denoiser(x, sigma, cond=extra["cond"], uncond=extra["uncond"], cond_scale=p.cfg_scale, s_min_uncond=0, image_cond=None)
+                denoised = denoiser(
+                    x, sigma, cond=extra["cond"], uncond=extra["uncond"], cond_scale=p.cfg_scale, s_min_uncond=0, image_cond=None
+                )
                 x = x + 0.3 * (denoised - x)
         except InterruptedException:
             pass

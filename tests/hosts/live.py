@@ -100,7 +100,17 @@ class Case:
         self.webui.options(**self.options)
 
     def parameters(self, prompt: str, **changes: Any) -> dict[str, Any]:
-        return {"prompt": prompt, "seed": 1, "steps": 3, "width": 64, "height": 64, "cfg_scale": 5, "sampler_name": "Euler", **self.job, **changes}
+        return {
+            "prompt": prompt,
+            "seed": 1,
+            "steps": 3,
+            "width": 64,
+            "height": 64,
+            "cfg_scale": 5,
+            "sampler_name": "Euler",
+            **self.job,
+            **changes,
+        }
 
     def image(self, prompt: str, **changes: Any) -> Answer:
         """txt2img; img2img if init_images are given."""

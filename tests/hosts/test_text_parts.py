@@ -45,7 +45,9 @@ class TestWhatIsMerged:
 
     def test_strengths_are_the_users_times_the_text_encoder_weight(self):
         made = text_parts(
-            FuseSettings("a", "b", 0.5, 2.0, te_weight=0.5), self.files({"te1": {Q: low_rank(0)}}, {"te1": {Q: low_rank(1)}}), self.versions()
+            FuseSettings("a", "b", 0.5, 2.0, te_weight=0.5),
+            self.files({"te1": {Q: low_rank(0)}}, {"te1": {Q: low_rank(1)}}),
+            self.versions(),
         )
         assert [part.strength for part in made.parts] == [0.25, 1.0]
 
@@ -181,7 +183,11 @@ class TestForge:
 
     def test_a_full_matrix_a_bias_and_a_kind_that_needs_the_weight(self):
         stem = "clip_l.transformer.text_model.encoder.layers.0.mlp."
-        names = {f"{stem}fc1.weight": torch.ones(WIDTH, WIDTH), f"{stem}fc1.bias": torch.ones(WIDTH), f"{stem}fc2.weight": torch.ones(WIDTH, WIDTH)}
+        names = {
+            f"{stem}fc1.weight": torch.ones(WIDTH, WIDTH),
+            f"{stem}fc1.bias": torch.ones(WIDTH),
+            f"{stem}fc2.weight": torch.ones(WIDTH, WIDTH),
+        }
         dense = Dense(torch.randn(WIDTH, WIDTH), torch.randn(WIDTH))
         part = TextPart("file", {"te1": {FC1: dense, FC2: FromWeight(lambda weight: 2 * weight)}}, 1.0)
         patches, _ = text_patches(part, names, lambda key: names[key])
@@ -203,7 +209,7 @@ class TestForgesQuantisedWeights:
         return parameter
 
     @pytest.fixture(autouse=True)
-    def backend(self, monkeypatch):
+    def _backend(self, monkeypatch):
         operations = types.ModuleType("backend.operations")
 
         def get_weight_and_bias(layer, weight_args=None, weight_fn=None):
