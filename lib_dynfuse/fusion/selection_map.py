@@ -100,7 +100,7 @@ class _Pen:
     def __init__(self, picture: Image.Image):
         self.canvas = ImageDraw.Draw(picture)
         self.picture_width = picture.width
-        self.font = _font(_TEXT_SIZE)
+        self.font = text_font()
 
     def width(self, text: str) -> int:
         return round(self.font.getlength(self._printable(text)))
@@ -125,7 +125,8 @@ class _Pen:
 
 
 @functools.lru_cache(maxsize=1)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def text_font(size: int = _TEXT_SIZE) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The first common font that the system has, or Pillow's own."""
     for name in _FONTS:
         try:
             return ImageFont.truetype(name, size)
@@ -258,4 +259,4 @@ def _sentence(text: str) -> Image.Image:
     return picture
 
 
-__all__ = ["ONE_SIDED", "STYLE", "SUBJECT", "draw"]
+__all__ = ["ONE_SIDED", "STYLE", "SUBJECT", "draw", "text_font"]

@@ -22,7 +22,7 @@ from typing import Any
 import diffusers
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import nn
 
 from ..fusion import FusionError, FusionSession, Report, Rows, Trace
@@ -276,7 +276,7 @@ def _class_of_checkpoint(path: Path) -> str:
 def _checkpoint_keys(path: Path) -> list[str]:
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
                 return list(file.keys())
         content = torch.load(path, map_location="cpu", weights_only=True)
         return list(content.get("state_dict", content))
@@ -342,7 +342,7 @@ def _fitted(branch: SiteBranch, encoder: nn.Module, layer: str) -> SiteBranch:
 
 
 def _weight_of(module: nn.Module) -> torch.Tensor:
-    return module.weight  # type: ignore[return-value]
+    return module.weight
 
 
 @contextmanager

@@ -97,11 +97,11 @@ def test_it_is_drawn_on_a_system_without_fonts(monkeypatch, name):
         raise OSError("cannot open resource")
 
     monkeypatch.setattr(ImageFont, "truetype", no_font)
-    selection_map._font.cache_clear()
+    selection_map.text_font.cache_clear()
     try:
         assert isinstance(draw(a_trace(torch.ones(3, 7, 1, dtype=torch.bool)), name, name), Image.Image)
     finally:
-        selection_map._font.cache_clear()
+        selection_map.text_font.cache_clear()
 
 
 def test_a_job_without_choices_says_so():

@@ -1,0 +1,228 @@
+"""`python -m lib_dynfuse demo`: the fusion at work on any machine, without a download.
+
+A Stable Diffusion 1.5 in miniature is made on the spot from random numbers, and two random LoRAs for it. Such a model has never seen
+a picture, so it paints abstract fields of colour; what they show is that both LoRAs change the image, and which of them each
+layer used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import nn
+
+from .fusion.selection_map import draw, text_font
+from .lora import read_lora
+from .settings import FuseSettings
+
+PROMPT = "a dog in the style of watercolor"
+SEED = 7
+STEPS = 16
+
+_TEXT_WIDTH = 64
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+def run(out: Path) -> int:
+    """Make the model, the LoRAs and the pictures, with progress on standard error. Returns the exit code.
+
+    out: the folder for subject.png, style.png, direct.png, fused.png, selection-map.png, and demo.png with all of them.
+    """
+    from tqdm import tqdm
+
+    from .hosts.diffusers import FusedPipeline
+
+    out.mkdir(parents=True, exist_ok=True)
+    print("Making a tiny Stable Diffusion 1.5 of random numbers, and two random LoRAs ...", file=sys.stderr)
+    pipeline = tiny_pipeline()
+    subject_path, style_path = out / "demo-subject.safetensors", out / "demo-style.safetensors"
+    write_random_lora(subject_path, pipeline, rank=8, strength=0.7, seed=1)
+    write_random_lora(style_path, pipeline, rank=4, strength=0.7, seed=3)
+    subject, style = read_lora(subject_path), read_lora(style_path)
+
+    jobs = {
+        "subject": ("Subject LoRA alone", FuseSettings(method="direct", style_weight=0.0)),
+        "style": ("Style LoRA alone", FuseSettings(method="direct", subject_weight=0.0)),
+        "direct": ("Both added up (direct)", FuseSettings(method="direct")),
+        "fused": ("Both fused (dynfuse)", FuseSettings()),
+    }
+    pictures: dict[str, Image.Image] = {}
+    trace = None
+    with tqdm(total=STEPS * len(jobs), unit="step") as bar:
+        for name, (label, settings) in jobs.items():
+            bar.set_description(f"{label:<22}")
+            made = FusedPipeline(pipeline, subject, style, settings)(
+                PROMPT, seeds=[SEED], steps=STEPS, guidance=4.0, progress=lambda done, total: bar.update()
+            )
+            pictures[name] = made.images[0]
+            pictures[name].save(out / f"{name}.png")
+            trace = made.trace
+    assert trace is not None
+    selection_map = draw(trace, subject.name, style.name)
+    selection_map.save(out / "selection-map.png")
+    contact_sheet([(label, pictures[name]) for name, (label, _) in jobs.items()], selection_map).save(out / "demo.png")
+    print(
+        f"{out / 'demo.png'} shows all four pictures and the selection map: the subject was used in {trace.subject_share():.0%} of "
+        f"{trace.measured.sum()} choices.\nThe model is random, so the pictures are abstract; with a real model and two real LoRAs, try "
+        "python -m lib_dynfuse generate --help."
+    )
+    return 0
+
+
+def tiny_pipeline(seed: int = 0) -> Any:
+    """A StableDiffusionPipeline with Stable Diffusion 1.5's layers in their places, but narrow, and random weights; 256 px.
+
+    Same seed, same weights. Needs no network.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _tokenizer()
+        words = len(tokenizer)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=words,
+                hidden_size=_TEXT_WIDTH,
+                intermediate_size=2 * _TEXT_WIDTH,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                bos_token_id=words - 2,
+                eos_token_id=words - 1,
+                pad_token_id=words - 1,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=32, block_out_channels=(32, 64, 96, 96), cross_attention_dim=_TEXT_WIDTH, attention_head_dim=8, norm_num_groups=16
+        )
+        autoencoder = AutoencoderKL(
+            block_out_channels=(16, 32, 32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            norm_num_groups=8,
+        )
+        _make_smooth(unet, 2.5)
+        _make_smooth(autoencoder.decoder, 2.0)
+        # A random network cannot predict noise. One that predicts the picture itself still paints something of its own.
+        scheduler = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type="sample",
+        )
+        pipeline = StableDiffusionPipeline(
+            vae=autoencoder.eval(),
+            text_encoder=text_encoder.eval(),
+            tokenizer=tokenizer,
+            unet=unet.eval(),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        _fit_colours(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def write_random_lora(path: Path, pipeline: Any, *, rank: int, strength: float, seed: int, text: bool = True) -> None:
+    """A kohya-style LoRA file on all linear layers and residual convolutions of the U-Net and, if wanted, of the text encoder.
+
+    strength: standard deviation of each branch's output on inputs of unit variance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    networks = [("lora_unet", pipeline.unet)] + ([("lora_te", pipeline.text_encoder)] if text else [])
+    for prefix, network in networks:
+        for name, module in network.named_modules():
+            if not _carries_lora(name, module):
+                continue
+            weight = module.weight
+            key = f"{prefix}_{name.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = torch.randn(rank, *weight.shape[1:], generator=generator) / math.sqrt(weight[0].numel())
+            ones = (1,) * (weight.dim() - 2)
+            tensors[f"{key}.lora_up.weight"] = strength * torch.randn(weight.shape[0], rank, *ones, generator=generator) / math.sqrt(rank)
+            tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+    save_file(tensors, str(path))
+
+
+def contact_sheet(pictures: list[tuple[str, Image.Image]], selection_map: Image.Image) -> Image.Image:
+    """The labelled pictures in a row above the selection map."""
+    margin, line = 14, 22
+    width = max(selection_map.width, sum(picture.width + margin for _, picture in pictures) + margin)
+    tallest = max(picture.height for _, picture in pictures)
+    sheet = Image.new("RGB", (width, tallest + selection_map.height + 3 * margin + 3 * line), "white")
+    pen, font = ImageDraw.Draw(sheet), text_font()
+    left = margin
+    for label, picture in pictures:
+        pen.text((left, margin), label, fill=(32, 32, 32), font=font)
+        sheet.paste(picture, (left, margin + line))
+        left += picture.width + margin
+    top = 2 * margin + line + tallest
+    pen.text((margin, top), "Which LoRA each layer of the fused picture used, step by step:", fill=(32, 32, 32), font=font)
+    sheet.paste(selection_map, ((width - selection_map.width) // 2, top + line))
+    pen.text(
+        (margin, sheet.height - margin - line // 2),
+        "The model and both LoRAs are random numbers made on the spot: the pictures are abstract on purpose.",
+        fill=(96, 96, 96),
+        font=font,
+    )
+    return sheet
+
+
+def _tokenizer() -> Any:
+    """CLIP's tokenizer with a vocabulary of single letters: nothing to download."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), _START, _END]
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}), "utf-8")
+        merges.write_text("#version: 0.2\n", "utf-8")
+        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+
+
+def _make_smooth(network: nn.Module, gain: float) -> None:
+    """Random 3 x 3 convolutions that blur, so that a random network paints fields of colour and not noise."""
+    row = torch.tensor([1.0, 2.0, 1.0])
+    blur = row[:, None] * row / 16
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            out, channels = module.weight.shape[:2]
+            module.weight.data = torch.randn(out, channels, 1, 1) * gain / math.sqrt(channels) * blur
+            if module.bias is not None:
+                module.bias.data = 0.1 * torch.randn(out)
+
+
+@torch.no_grad()
+def _fit_colours(pipeline: Any) -> None:
+    """Scale the autoencoder's last layer so that the model's pictures use the range of colours."""
+    last = pipeline.vae.decoder.conv_out
+    latent = 2.0 * nn.functional.avg_pool2d(torch.randn(1, 4, 32, 32), 7, 1, 3) * 7
+    colours = pipeline.vae.decode(latent / pipeline.vae.config.scaling_factor).sample
+    scale = 0.45 / colours.std((0, 2, 3))
+    last.bias.data = (last.bias - colours.mean((0, 2, 3))) * scale
+    last.weight.data = last.weight * scale[:, None, None, None]
+
+
+def _carries_lora(name: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return True
+    return isinstance(module, nn.Conv2d) and name.rsplit(".", 1)[-1] in ("conv1", "conv2", "proj_in", "proj_out")
+
+
+__all__ = ["run", "tiny_pipeline", "write_random_lora"]
