@@ -77,7 +77,7 @@ class Dense:
 class Composed:
     """dW as a full matrix that is put together from small tensors when it is needed (LoHa, LoKr).
 
-    make: -> dW float32, of `shape`. shape: (out, in[, kh, kw]). rank: of the factors, None without one.
+    make: -> dW float32, of `shape` or flattened. shape: (out, in[, kh, kw]). rank: of the factors, None without one.
     """
 
     make: Callable[[], Tensor]
@@ -86,12 +86,12 @@ class Composed:
     bias: Tensor | None = None
 
     def delta_weight(self) -> Tensor:
-        """dW in float32: the form in which it is merged."""
-        return self.make()
+        """dW in float32, of the layer's weight's shape: the form in which it is merged."""
+        return self.make().reshape(self.shape)
 
     def dense(self) -> Dense:
         """The same change as a full matrix, float32."""
-        return Dense(self.make(), self.bias)
+        return Dense(self.delta_weight(), self.bias)
 
 
 @dataclass(frozen=True)

@@ -483,6 +483,17 @@ def layout_of(layer: str) -> str | None:
     return next((layout for layout, pattern in _LAYOUTS.items() if pattern.fullmatch(layer)), None)
 
 
+_KERNELS = re.compile(
+    r"(?:(?:in|out)put_blocks_\d+_\d+|middle_block_\d+)_(?:in_layers_2|out_layers_3|op|conv)|input_blocks_0_0|out_2|"
+    r"(?:(?:down|up)_blocks_\d+|mid_block)_(?:resnets_\d+_conv[12]|(?:down|up)samplers_0_conv)|conv_in|conv_out"
+)
+
+
+def is_kernel(layer: str) -> bool:
+    """Whether a U-Net's layer of this flat name is a 3 × 3 convolution, as it is in every U-Net of the known schemes."""
+    return _KERNELS.fullmatch(layer) is not None
+
+
 def known_text_layer(component: str, layer: str) -> bool:
     """Whether a text encoder of this kind has such a layer, whatever its size."""
     return _TEXT_LAYOUTS["t5" if component == "t5" else "clip"].fullmatch(layer) is not None
@@ -594,6 +605,7 @@ __all__ = [
     "denoiser_aliases",
     "flat",
     "is_attention",
+    "is_kernel",
     "known_text_layer",
     "layer_label",
     "layout_of",

@@ -12,17 +12,17 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
-from .branch import Branch, LoraError, NormShift
+from .branch import Branch, Dense, LoraError, LowRank, NormShift
 from .families import FAMILIES, recognise, reference_aliases, reference_layers
 from .kinds import branch_of
-from .naming import KeyName, known_text_layer, layout_of, parse_key
+from .naming import KeyName, is_kernel, known_text_layer, layout_of, parse_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def _taken_apart(
         if made is None or (isinstance(made[1], NormShift) and component != "denoiser"):
             unmatched.extend(roles.values())
             continue
-        kind, branch = made
+        kind, branch = made[0], _unflattened(layer, made[1]) if component == "denoiser" else made[1]
         if not known:
             unknown.append(layer)
         if component != "denoiser":
@@ -250,6 +250,18 @@ def _norm_roles(layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if tensors.keys() == {"diff_b"} and _NORM_LAYER.fullmatch(layer):
         return {"b_norm": tensors["diff_b"]}
     return tensors
+
+
+def _unflattened(layer: str, branch: Branch | NormShift) -> Branch | NormShift:
+    """LyCORIS flattens the kernels of its LoHa and LoKr convolutions to (out, in * 9); the layer's name tells them."""
+    if isinstance(branch, NormShift) or branch.shape is None or len(branch.shape) != 2 or not is_kernel(layer) or branch.shape[1] % 9:
+        return branch
+    out, into = branch.shape[0], branch.shape[1] // 9
+    if isinstance(branch, LowRank):
+        return replace(branch, down=branch.down.reshape(-1, into, 3, 3))
+    if isinstance(branch, Dense):
+        return replace(branch, weight=branch.weight.reshape(out, into, 3, 3))
+    return replace(branch, shape=(out, into, 3, 3))
 
 
 def _text_width(branches: Mapping[str, Branch]) -> int | None:

@@ -44,8 +44,19 @@ def test_a_flattened_kernel_takes_the_layers_form(tmp_path):
     tensors = {f"{name}.hada_w{n}_{x}": random(*s, seed=n) for n in (1, 2) for x, s in (("a", (6, 2)), ("b", (2, 4 * 9)))}
     ((site, binding),) = at(tmp_path, tensors, LDM)[0].items()
     a, b = ([tensors[f"{name}.hada_w{n}_{x}"] for n in (1, 2)] for x in "ab")
-    made = binding.fitted(site, (6, 4, 3, 3)).bind(site, torch.Tensor)
-    torch.testing.assert_close(made.delta_weight(), ((a[0] @ b[0]) * (a[1] @ b[1])).reshape(6, 4, 3, 3))
+    for made in (binding, binding.fitted(site, (6, 4, 3, 3))):
+        delta = made.bind(site, torch.Tensor).delta_weight()
+        torch.testing.assert_close(delta, ((a[0] @ b[0]) * (a[1] @ b[1])).reshape(6, 4, 3, 3))
+
+
+@pytest.mark.parametrize("size", [3, 40])  # put together; two small products
+def test_a_flattened_kernel_of_a_lokr_takes_the_layers_form(tmp_path, size):
+    name = "lora_unet_input_blocks_1_0_in_layers_2"
+    first, a, b = random(2, 2), random(size, 2), random(2, size * 9)
+    tensors = {f"{name}.lokr_w1": first, f"{name}.lokr_w2_a": a, f"{name}.lokr_w2_b": b}
+    ((site, binding),) = at(tmp_path, tensors, LDM)[0].items()
+    kernel = torch.kron(first, a @ b).reshape(2 * size, 2 * size, 3, 3)
+    torch.testing.assert_close(binding.bind(site, torch.Tensor).delta_weight(), kernel)
 
 
 def test_an_inpainting_models_first_convolution_is_changed_in_its_first_channels(tmp_path):
