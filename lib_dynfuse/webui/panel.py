@@ -53,9 +53,13 @@ def build(tab: str, host: WebUIHost) -> Panel:
         return f"dynfuse_{tab}_{name}"
 
     def choices() -> dict[str, list[str]]:
-        return {"choices": host.lora_names()}
+        return {"choices": _lora_choices(host)}
 
     fields: dict[str, Any] = {}
+
+    def first_thumbnail(name: str) -> str:
+        # The host puts the user's defaults from ui-config.json on a dropdown after it was built.
+        return _thumbnail(host, fields[name].value if name in fields else "")
 
     def add(name: str) -> Any:
         fields[name] = _control(name, element(name), host)
@@ -68,7 +72,8 @@ def build(tab: str, host: WebUIHost) -> Panel:
             for name in LORA_FIELDS:
                 with gr.Row(elem_classes=["dynfuse-part"]):
                     with gr.Column(elem_classes=["dynfuse-preview"], scale=0, min_width=96):
-                        thumbnail = gr.HTML(value=_thumbnail(host, ""), elem_id=element(f"{name}_preview"))
+                        # A function is called anew for each page that is opened.
+                        thumbnail = gr.HTML(value=functools.partial(first_thumbnail, name), elem_id=element(f"{name}_preview"))
                     with gr.Column(elem_classes=["dynfuse-choice"], min_width=160):
                         dropdown = add(name)
                         add(f"{name}_weight")
@@ -142,7 +147,7 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     common = {"label": metadata["label"], "value": getattr(FuseSettings(), name), "elem_id": element}
     if name in LORA_FIELDS:
         # Custom values: an alias, or a LoRA of a pasted image that is not here, must reach the script, which says so in words.
-        control = gr.Dropdown(choices=host.lora_names(), allow_custom_value=True, **common)
+        control = gr.Dropdown(choices=_lora_choices(host), allow_custom_value=True, **common)
     elif name in ("method", "criterion"):
         control = gr.Radio(choices=list(metadata["choices"]), **common)
     elif metadata["choices"]:
@@ -153,6 +158,11 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     # The hosts turn this attribute into the element's title (javascript/hints.js); gradio itself has no tooltips.
     control.webui_tooltip = metadata["tooltip"]
     return control
+
+
+def _lora_choices(host: WebUIHost) -> list[str]:
+    # gradio 4 shows the first choice where the value is not among them, so "none yet" must be one.
+    return ["", *host.lora_names()]
 
 
 def _thumbnail(host: WebUIHost, name: str | None) -> str:

@@ -75,32 +75,45 @@ def test_the_refresh_buttons_offer_new_loras(built, host):
     assert host.refreshed == 1
 
 
-def test_choosing_a_lora_shows_its_preview(webui, tmp_path):
+@pytest.fixture
+def thumbnails(webui):
+    """Build a panel on a host with previews: its fields, what a choice of subject and of style shows, and what opening the page shows."""
+
+    def build(**previews):
+        with gr.Blocks() as demo:
+            made = panel.build("txt2img", FakeHost(previews={name: str(path) for name, path in previews.items()}))
+        functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
+        assert len(functions) == 4
+        return made.fields, functions[:2], functions[2:]
+
+    return build
+
+
+def test_choosing_a_lora_shows_its_preview(thumbnails, tmp_path):
     picture = tmp_path / "dog.preview.png"
     Image.new("RGBA", (300, 500), "red").save(picture)
-    host = FakeHost(previews={"dog": str(picture), "ink": str(tmp_path / "gone.png")})
-    with gr.Blocks() as demo:
-        panel.build("txt2img", host)
-    changes = [function.fn for function in functions(demo) if function.fn is not None]
-    assert len(changes) == 2
-    assert "data:image/jpeg;base64," in changes[0]("dog")
-    assert "no preview" in changes[1]("ink")
-    assert "no preview" in changes[1]("unknown")
-    assert "no preview" not in changes[0](None)
+    _, chosen, _ = thumbnails(dog=picture, ink=tmp_path / "gone.png")
+    assert "data:image/jpeg;base64," in chosen[0]("dog")
+    assert "no preview" in chosen[1]("ink")
+    assert "no preview" in chosen[1]("unknown")
+    assert "no preview" not in chosen[0](None)
 
 
-def test_a_preview_that_is_no_picture_is_not_shown(webui, tmp_path):
+def test_a_page_opens_with_the_previews_of_the_users_defaults(thumbnails, tmp_path):
+    picture = tmp_path / "dog.png"
+    Image.new("L", (30, 20), 128).save(picture)
+    fields, _, opened = thumbnails(dog=picture)
+    fields["subject"].value = "dog"
+    shown = [open_page() for open_page in opened]
+    assert "data:image/jpeg;base64," in shown[0]
+    assert "<img" not in shown[1]
+
+
+def test_a_preview_that_is_no_picture_is_not_shown(thumbnails, tmp_path):
     film = tmp_path / "dog.png"
     film.write_bytes(b"\x00\x00\x00 ftypmp42")
-    host = FakeHost(previews={"dog": str(film)})
-    with gr.Blocks() as demo:
-        panel.build("txt2img", host)
-    assert "no preview" in functions(demo)[0].fn("dog")
-
-
-def functions(demo):
-    """The event handlers of a page, by gradio's version."""
-    return list(demo.fns.values()) if isinstance(demo.fns, dict) else list(demo.fns)
+    _, chosen, _ = thumbnails(dog=film)
+    assert "no preview" in chosen[0]("dog")
 
 
 @pytest.fixture

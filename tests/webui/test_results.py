@@ -1,0 +1,86 @@
+import types
+
+import pytest
+import torch
+from PIL import Image
+
+from lib_dynfuse.fusion.trace import Trace
+from lib_dynfuse.lora.naming import Site
+from lib_dynfuse.settings import FuseSettings
+from lib_dynfuse.webui import results
+
+
+def trace(steps=3):
+    sites = tuple(Site(f"input_blocks.{block}.1.proj_in") for block in (1, 2))
+    winners = torch.tensor([[[True], [False]]]).expand(steps, 2, 1)
+    one_sided = torch.zeros(2, dtype=torch.bool)
+    return Trace(sites, winners, torch.ones(steps, 2, 1, 2), torch.ones(steps, 2, dtype=torch.bool), one_sided, one_sided)
+
+
+def fusion_pass(*notes, hires=False, with_trace=True):
+    """What hosts.fusion_pass.FusionPass shows of a finished pass."""
+    settings = FuseSettings(subject="<dog>", style="watercolor")
+    return types.SimpleNamespace(trace=trace() if with_trace else None, settings=settings, notes=list(notes), hires=hires)
+
+
+@pytest.fixture
+def saving(webui, tmp_path):
+    webui.opts.dynfuse_save_map = True
+    return tmp_path
+
+
+def saved(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_finished_jobs_map_and_notes_are_shown_in_its_tab():
+    results.remember("txt2img", [fusion_pass("a <b> note", "twice"), fusion_pass("twice", hires=True)])
+    page = results.result_html("txt2img")
+    assert page.count("data:image/png;base64,") == 2
+    assert page.count("Hires pass") == 1
+    assert "a &lt;b&gt; note" in page
+    assert page.count("twice") == 1
+    assert results.result_html("img2img") == ""
+
+
+def test_a_new_job_takes_the_old_map_away():
+    results.remember("txt2img", [fusion_pass()])
+    results.forget("txt2img")
+    assert results.result_html("txt2img") == ""
+
+
+def test_a_job_that_was_not_fused_shows_nothing():
+    results.remember("txt2img", [])
+    assert results.result_html("txt2img") == ""
+
+
+def test_a_pass_that_never_ran_shows_its_notes_only():
+    results.remember("txt2img", [fusion_pass("why", with_trace=False)])
+    assert "why" in results.result_html("txt2img")
+    assert "<img" not in results.result_html("txt2img")
+
+
+def test_the_map_is_saved_beside_the_image(saving):
+    results.save_beside(str(saving / "00001-7.jpg"), [fusion_pass()])
+    assert saved(saving) == ["00001-7-dynfuse.png"]
+
+
+def test_the_maps_of_both_passes_stand_one_above_the_other(saving):
+    results.save_beside(str(saving / "one.png"), [fusion_pass()])
+    results.save_beside(str(saving / "two.png"), [fusion_pass(), fusion_pass(hires=True)])
+    with Image.open(saving / "one-dynfuse.png") as one, Image.open(saving / "two-dynfuse.png") as two:
+        assert two.size == (one.width, 2 * one.height)
+
+
+@pytest.mark.parametrize("name", ["grid-0001.png", "00001-7-mask.png", "00001-7-mask-composite.png", "00001-7-before-highres-fix.png"])
+def test_grids_masks_and_earlier_stages_get_no_map(saving, name):
+    results.save_beside(str(saving / name), [fusion_pass()])
+    assert saved(saving) == []
+
+
+def test_nothing_is_saved_for_a_plain_image_or_unless_the_user_wants_it(webui, tmp_path):
+    results.save_beside(str(tmp_path / "1.png"), [fusion_pass()])
+    webui.opts.dynfuse_save_map = True
+    results.save_beside(str(tmp_path / "2.png"), [])
+    results.save_beside(str(tmp_path / "3.png"), [fusion_pass(with_trace=False)])
+    assert saved(tmp_path) == []
