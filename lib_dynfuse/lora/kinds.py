@@ -282,13 +282,18 @@ def branch_of(tensors: Tensors) -> tuple[str, Branch | NormShift] | None:
         _need(not whole, f"{_listing(whole)} holds whole numbers, as a quantised file does")
         if name == "OFT" and "oft_blocks" in present and tensors["oft_blocks"].dim() == 4:
             name, function = "BOFT", boft
-        branch = function(tensors)
-        magnitude = tensors.get("dora_scale", tensors.get("magnitude"))
-        if magnitude is None:
-            return _refined(name, branch), branch
-        _need(isinstance(branch, (LowRank, Dense, Composed)), f"it has magnitudes (DoRA), which {name} cannot have")
-        assert isinstance(branch, (LowRank, Dense, Composed))
-        return f"DoRA ({_refined(name, branch)})", dora(branch, magnitude, True if "magnitude" in tensors else None)
+        try:
+            branch = function(tensors)
+            magnitude = tensors.get("dora_scale", tensors.get("magnitude"))
+            if magnitude is None:
+                return _refined(name, branch), branch
+            if not isinstance(branch, (LowRank, Dense, Composed)):
+                raise LoraError(f"it has magnitudes (DoRA), which {name} cannot have")
+            return f"DoRA ({_refined(name, branch)})", dora(branch, magnitude, True if "magnitude" in tensors else None)
+        except (IndexError, RuntimeError, ZeroDivisionError):
+            # Tensors of shapes that no trainer writes, such as a vector for a matrix.
+            sizes = ", ".join(f"{_listing({role})} {_size(tensor)}" for role, tensor in sorted(tensors.items()))
+            raise LoraError(f"its tensors do not fit each other: {sizes}") from None
     return None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -209,8 +208,8 @@ def _opened_pickle(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise LoraError(f"{path.name} was not opened: it is damaged or holds other things than tensors, which might be code.") from None
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, KeyError, AttributeError, IndexError, zipfile.BadZipFile) as error:
-        raise LoraError(f"{path.name} cannot be read: {_first_line(error)}.") from None
+    except Exception as error:  # a damaged pickle makes its reader fail in any way, struct.error and AssertionError among them
+        raise LoraError(f"{path.name} cannot be read: it is damaged ({_first_line(error)}).") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     # A1111 replaces torch.load by its own check, which prints its refusal and returns None.
