@@ -1,0 +1,231 @@
+"""The command line: `python -m lib_dynfuse generate | demo | inspect | bench`.
+
+A mistake of the user or a file that cannot be used: one sentence on standard error, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from .fusion import FusionError
+from .lora import LoraError
+from .settings import FuseSettings, SettingsError, field_metadata, field_types, format_value, parse_value
+
+PROGRAM = "python -m lib_dynfuse"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# The two LoRAs are files on the command line; their names come from them.
+_FILE_FIELDS = ("subject", "style")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; argv: without the program's name, None for the process's. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["bench"]:  # has options of its own
+            from . import bench
+
+            return bench.main(arguments[1:])
+        options = _parser().parse_args(arguments)
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("diffusers", "transformers", "accelerate", "tqdm"):
+            raise
+        return _refused(f"This command needs the package {package}, which is not installed: pip install diffusers transformers accelerate")
+    except torch.cuda.OutOfMemoryError:
+        return _refused("The GPU's memory is too small for this: try a smaller --size, a smaller --batch-size or --dtype float16.")
+    except (LoraError, SettingsError, FusionError) as error:
+        return _refused(str(error))
+    except OSError as error:
+        return _refused(f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.")
+    except RuntimeError as error:
+        if type(error).__name__ != "PipelineError":  # its module imports diffusers, which is not everywhere
+            raise
+        return _refused(str(error))
+
+
+def _refused(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{message[:1].upper()}{message[1:]} (see {self.prog} --help).", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=PROGRAM, description="Fuse a subject LoRA and a style LoRA while an image is made.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_generate(commands)
+
+    demo = commands.add_parser("demo", help="a picture fused by a tiny random model made on the spot; nothing is downloaded")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for the pictures (default: out/demo)")
+    demo.set_defaults(run=_demo)
+
+    inspect = commands.add_parser("inspect", help="what a LoRA file holds; for two files, whether they go together")
+    inspect.add_argument("files", nargs="+", metavar="FILE", help="LoRA file")
+    inspect.set_defaults(run=_inspect)
+
+    commands.add_parser("bench", help="measure what the fusion costs on this machine")
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="images from a diffusers pipeline or a checkpoint, with two LoRAs fused",
+        description="Make images with a subject LoRA and a style LoRA fused. Each PNG carries its settings; the selection map, which shows "
+        "which LoRA each layer used at each step, is saved beside it.",
+        allow_abbrev=False,
+    )
+    main_options = generate.add_argument_group("model, LoRAs and picture")
+    add = main_options.add_argument
+    add("--model", required=True, type=Path, metavar="M", help="diffusers pipeline folder, or .safetensors/.ckpt checkpoint: "
+        "Stable Diffusion 1.x, 2.x, SDXL or Flux")  # fmt: skip
+    add("--config", type=Path, metavar="DIR", help="for a checkpoint: pipeline folder of the same base model, for its configuration and "
+        "tokenizers (for Flux: all but the transformer); without it they come from diffusers' cache or are downloaded")  # fmt: skip
+    add("--subject", required=True, type=Path, metavar="A", help="LoRA file of the character, creature or thing to show")
+    add("--style", required=True, type=Path, metavar="B", help="LoRA file of the way it is drawn")
+    add("--prompt", required=True, metavar="P", help="what to make")
+    add("--negative-prompt", default="", metavar="P", help="what to avoid")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder for the images; it is made if it is missing")
+    add("--weights", nargs=2, metavar=("A", "B"), help="subject weight and style weight at once")
+    add("--steps", type=_whole(1), default=30, metavar="N", help="denoising steps (default: 30)")
+    add("--cfg", type=_number, metavar="X", help="CFG scale; for Flux the distilled guidance (default: the pipeline's own)")
+    add("--size", type=_size, metavar="WxH", help="width and height in pixels, such as 768x512 (default: the model's own)")
+    add("--seed", type=_whole(-1), default=-1, metavar="N", help="seed of the first image, the next have the next; -1: random "
+        "(default)")  # fmt: skip
+    add("--images", type=_whole(1), default=1, metavar="N", help="number of images (default: 1)")
+    add("--batch-size", type=_whole(1), default=1, metavar="N", help="images made at once; takes more memory (default: 1)")
+    add("--device", metavar="D", help="cuda, mps or cpu (default: the first of these that is there)")
+    add("--dtype", choices=tuple(DTYPES), help="numbers to compute with (default: float32 on a CPU, bfloat16 for Flux, else float16)")
+
+    fusion = generate.add_argument_group("fusion")
+    for name in field_types():
+        if name not in _FILE_FIELDS:
+            metadata = field_metadata(name)
+            default = getattr(FuseSettings(), name)
+            fusion.add_argument(
+                option_of(name),
+                dest=f"setting_{name}",
+                metavar="{" + ",".join(metadata["choices"]) + "}" if metadata["choices"] else "X",
+                help=f"{metadata['tooltip']} (default: {format_value(default)})".replace("%", "%%"),
+            )
+    generate.set_defaults(run=_generate)
+
+
+def option_of(field: str) -> str:
+    """The command line's name of a field of FuseSettings."""
+    return f"--{field.replace('_', '-')}"
+
+
+def settings_of(options: argparse.Namespace) -> FuseSettings:
+    """The fusion settings that were given. Raises SettingsError, naming the option."""
+    values: dict[str, Any] = {}
+    if options.weights:
+        values = {
+            name: _typed(name, text, "--weights") for name, text in zip(("subject_weight", "style_weight"), options.weights, strict=True)
+        }
+    for name in field_types():
+        text = getattr(options, f"setting_{name}", None)
+        if text is not None:
+            values[name] = _typed(name, text, option_of(name))
+    return FuseSettings(**values)
+
+
+def _typed(name: str, text: str, option: str) -> Any:
+    try:
+        value = parse_value(name, text)
+        FuseSettings(**{name: value})
+    except SettingsError as error:
+        raise SettingsError(f"{option}: {error}.") from None
+    return value
+
+
+def _generate(options: argparse.Namespace) -> int:
+    settings = settings_of(options)
+    from . import generate
+
+    return generate.run(
+        generate.Request(
+            model=options.model,
+            subject=options.subject,
+            style=options.style,
+            prompt=options.prompt,
+            settings=settings,
+            out=options.out,
+            negative_prompt=options.negative_prompt,
+            steps=options.steps,
+            guidance=options.cfg,
+            size=options.size,
+            seed=options.seed,
+            images=options.images,
+            batch=options.batch_size,
+            device=options.device,
+            dtype=DTYPES[options.dtype] if options.dtype else None,
+            config=options.config,
+        )
+    )
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo
+
+    return demo.run(options.out)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .inspection import inspect_files
+
+    return inspect_files(options.files, sys.stdout, sys.stderr)
+
+
+def _whole(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        return value
+
+    return parse
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 768x512")
+    size = int(width), int(height)
+    if min(size) < 64 or size[0] % 8 or size[1] % 8:
+        raise argparse.ArgumentTypeError(f"width and height must be multiples of 8 and at least 64, not {text}")
+    return size
+
+
+__all__ = ["main"]
