@@ -21,11 +21,11 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from ..lora import LoraFile, branches_by_site, compatible, denoiser_aliases, is_attention, layer_label, norms_by_layer
-from ..lora.branch import FromWeight, NormShift
+from ..lora.branch import LoraError, NormShift
 from ..lora.matching import SiteBranch
-from ..lora.naming import Part, Site
+from ..lora.naming import Site
 from ..settings import FuseSettings
-from .layer import FusedLayer, FusedSite, PatchedLayer, ShiftedNorm, StepState, is_convolution
+from .layer import FusedLayer, FusedSite, PatchedLayer, ShiftedNorm, StepState
 from .policy import gamma
 from .rows import Rows
 from .trace import Trace, TraceRecorder
@@ -221,8 +221,8 @@ def _find_layers(
         if (settings.scope == "attention" and not is_attention(site)) or (not two_sided and settings.one_sided == "skip"):
             report.skipped.append(layer_label(site))
             continue
-        for file, binding in zip((subject, style), pair):
-            _check_shape(file, site, binding, modules[site.layer])
+        module = modules[site.layer]
+        pair = (_fitted(site, pair[0], module), _fitted(site, pair[1], module))
         (report.matched if two_sided else report.one_sided).append(layer_label(site))
         by_layer.setdefault(site.layer, []).append(FusedSite(site, pair, strengths))
     layers: list[PatchedLayer] = [FusedLayer(name, modules[name], sites, state, weight_of) for name, sites in by_layer.items()]
@@ -241,27 +241,17 @@ def _sum(parts: list[Tensor | None]) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
-def _check_shape(file: LoraFile, site: Site, binding: SiteBranch | None, module: nn.Module) -> None:
-    """Refuse a branch whose matrix does not fit the layer: the file was made for another base model."""
-    if binding is None or isinstance(binding.branch, FromWeight):
-        return
+def _fitted(site: Site, binding: SiteBranch | None, module: nn.Module) -> SiteBranch | None:
+    """The branch checked against the layer's shape, where that is known. Raises FusionError: the file is for another base model."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() not in (2, 4) or hasattr(weight, "gguf_cls"):
-        return  # quantised: the stored shape is not the layer's
-    expected = tuple(weight.shape)
-    branch = binding.branch
-    out = branch.shape[0] if binding.source is None else _rows_of(branch.shape[0], binding.source)
-    wanted = expected[0] if site.part is None else _rows_of(expected[0], site.part)
-    kernel = branch.shape[2:] if is_convolution(module) and len(branch.shape) == 4 else ()
-    if out != wanted or branch.shape[1] != expected[1] or (kernel and kernel != expected[2:]):
-        raise FusionError(
-            f"{file.name} was made for another base model: at {layer_label(site)} it changes a weight of {tuple(branch.shape)}, "
-            f"where this model has {expected}."
-        )
-
-
-def _rows_of(total: int, part: Part) -> int:
-    return total // part.units * part.length
+    if binding is None or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() not in (2, 4):
+        return binding
+    if hasattr(weight, "gguf_cls"):
+        return binding  # quantised: the stored shape is not the layer's
+    try:
+        return binding.fitted(site, tuple(weight.shape))
+    except LoraError as reason:
+        raise FusionError(str(reason)) from None
 
 
 def _nothing_matches(subject: LoraFile, style: LoraFile, report: Report) -> str:

@@ -541,7 +541,7 @@ def test_a_norm_gets_the_sum_of_both_shifts(tmp_path):
 
 def test_loras_of_another_width_are_refused_by_name(tmp_path, model, pair):
     other = lora_file(tmp_path / "wide.safetensors", tokens_model(NAMES, width=24), NAMES)
-    with pytest.raises(FusionError, match=r"wide was made for another base model: .*24.*16"):
+    with pytest.raises(FusionError, match=r"wide.safetensors was made for another base model: .*24.*16"):
         fuse(model, other, other)
     with pytest.raises(FusionError, match="made for different base models"):
         fuse(model, pair[0], other)
