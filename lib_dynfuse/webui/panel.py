@@ -78,7 +78,8 @@ def build(tab: str, host: WebUIHost) -> Panel:
                         dropdown = add(name)
                         add(f"{name}_weight")
                 _quietly(dropdown.change, functools.partial(_thumbnail, host), inputs=[dropdown], outputs=[thumbnail])
-            create_refresh_button([fields[name] for name in LORA_FIELDS], host.refresh, choices, element("refresh"))
+            with gr.Column(elem_classes=["dynfuse-refresh"], scale=0, min_width=40):
+                create_refresh_button([fields[name] for name in LORA_FIELDS], host.refresh, choices, element("refresh"))
         with gr.Row(elem_classes=["dynfuse-row"]):
             add("method")
             add("criterion")
