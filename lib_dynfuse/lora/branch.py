@@ -75,23 +75,28 @@ class Dense:
 
 @dataclass(frozen=True)
 class Composed:
-    """dW as a full matrix that is put together from small tensors when it is needed (LoHa, LoKr).
+    """dW put together from small tensors when it is needed (LoHa, LoKr), and not while the file is read.
 
-    make: -> dW float32, of `shape` or flattened. shape: (out, in[, kh, kw]). rank: of the factors, None without one.
+    make: -> dW float32, of `shape` or flattened. thin: -> the same change as a product of two thin matrices; None where those would
+    be larger than dW. shape: (out, in[, kh, kw]). rank: of the factors, None without one.
     """
 
     make: Callable[[], Tensor]
     shape: tuple[int, ...]
     rank: int | None = None
     bias: Tensor | None = None
+    thin: Callable[[], LowRank] | None = None
 
     def delta_weight(self) -> Tensor:
         """dW in float32, of the layer's weight's shape: the form in which it is merged."""
         return self.make().reshape(self.shape)
 
-    def dense(self) -> Dense:
-        """The same change as a full matrix, float32."""
-        return Dense(self.delta_weight(), self.bias)
+    def composed(self) -> LowRank | Dense:
+        """The same change in the smaller of the two forms that can be applied, float32."""
+        if self.thin is None:
+            return Dense(self.delta_weight(), self.bias)
+        thin = self.thin()
+        return replace(thin, down=thin.down.reshape(-1, *self.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def bound(branch: Branch, weight: Callable[[], Tensor]) -> LowRank | Dense:
     """The branch in a form that can be applied; `weight` is called only if the kind depends on the layer's weight."""
     if isinstance(branch, FromWeight):
         return branch.bind(weight())
-    return branch.dense() if isinstance(branch, Composed) else branch
+    return branch.composed() if isinstance(branch, Composed) else branch
 
 
 def merged(weight: Tensor, branch: Branch, strength: float) -> Tensor:

@@ -57,6 +57,8 @@ def loha(tensors: Tensors) -> Composed:
 
     w_a: (out, rank), w_b: (rank, in[*kh*kw]). In the Tucker form (arXiv:2108.06098, proposition 3) w_a: (rank, out), w_b: (rank, in),
     t: (rank, rank, kh, kw), and a factor is sum_ij t[i, j] w_a[i, o] w_b[j, i'].
+    An elementwise product of two matrices of rank r is a product of rank r * r: two thin matrices instead of a full one where
+    they are smaller.
     """
     first, second = (_Factor(tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"], tensors.get(f"hada_t{n}")) for n in (1, 2))
     _need(
@@ -64,14 +66,23 @@ def loha(tensors: Tensors) -> Composed:
         f"its two factors make up {_times(first.shape)} and {_times(second.shape)}, which cannot be multiplied",
     )
     scale = _scale(tensors, first.rank or 0)
+    shape, bias = first.shape, _checked_bias(tensors.get("diff_b"), first.shape[0])
 
     def make() -> Tensor:
         return scale * first.made().mul_(second.made())
 
-    return Composed(make, first.shape, first.rank, _checked_bias(tensors.get("diff_b"), first.shape[0]))
+    def thin() -> LowRank:
+        a1, b1, a2, b2 = (t.flatten(1).float() for t in (first.a, first.b, second.a, second.b) if t is not None)
+        up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
+        down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+        return LowRank(down.reshape(-1, *shape[1:]), up, scale, bias)
+
+    matrices = first.t is None and second.t is None
+    smaller = matrices and _is_thin((first.rank or 0) * (second.rank or 0), shape)
+    return Composed(make, shape, first.rank, bias, thin if smaller else None)
 
 
-def lokr(tensors: Tensors) -> LowRank | Composed:
+def lokr(tensors: Tensors) -> Composed:
     """LoKr: dW = scale * kron(w1, w2), each of w1 and w2 whole or as w_a @ w_b (LyCORIS, arXiv:2309.14859, section 3.3).
 
     w1: (l, m); w2: (k, n[, kh, kw]); dW: (l*k, m*n[, kh, kw]). w2 may be in Tucker form with t2: w2_a (rank, k), w2_b (rank, n).
@@ -87,18 +98,24 @@ def lokr(tensors: Tensors) -> LowRank | Composed:
     scale = _scale(tensors, rank) if rank is not None else 1.0 if "scale" not in tensors else _number(tensors["scale"])
     shape = (first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], *second.shape[2:])
     bias = _checked_bias(tensors.get("diff_b"), shape[0])
-    if second.b is not None and second.t is None:
-        products = first.shape[1] * second.b.shape[0]  # rank of the two products
-        if products * (shape[0] + math.prod(shape[1:])) < math.prod(shape):
-            up = torch.kron(first.made(), second.a.flatten(1).float())
-            down = torch.kron(torch.eye(first.shape[1]), second.b.flatten(1).float()).reshape(products, *shape[1:])
-            return LowRank(down, up, scale, bias)
 
     def make() -> Tensor:
         left, right = first.made(), second.made().contiguous()
         return scale * torch.kron(left.reshape(*left.shape, *(1,) * (right.dim() - 2)), right)
 
-    return Composed(make, shape, rank, bias)
+    def thin() -> LowRank:
+        assert second.b is not None
+        up = torch.kron(first.made(), second.a.flatten(1).float())
+        down = torch.kron(torch.eye(first.shape[1]), second.b.flatten(1).float())
+        return LowRank(down.reshape(-1, *shape[1:]), up, scale, bias)
+
+    smaller = second.b is not None and second.t is None and _is_thin(first.shape[1] * second.b.shape[0], shape)
+    return Composed(make, shape, rank, bias, thin if smaller else None)
+
+
+def _is_thin(rank: int, shape: tuple[int, ...]) -> bool:
+    """Whether two matrices of this rank are smaller than the weight, (out, in[, kh, kw]), that they make up."""
+    return rank * (shape[0] + math.prod(shape[1:])) < math.prod(shape)
 
 
 def full(tensors: Tensors) -> Dense | FromWeight | NormShift:

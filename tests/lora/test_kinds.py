@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,20 @@ def test_loha_is_the_elementwise_product_of_two_products():
     assert isinstance(branch_of(tensors)[1], Composed), "nothing is multiplied out while a file is read"
 
 
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_a_loha_of_small_rank_is_applied_as_two_thin_matrices(kernel):
+    """An elementwise product of two matrices of rank 2 has rank 4."""
+    a = [random(64, 2, seed=s) for s in (0, 1)]
+    b = [random(2, 48 * 9 if kernel else 48, seed=s) for s in (2, 3)]
+    tensors = {f"hada_w{n + 1}_{k}": v[n] for n in (0, 1) for k, v in (("a", a), ("b", b))}
+    branch = branch_of(tensors | {"alpha": torch.tensor(1.0)})[1]
+    thin = bound(replace(branch, shape=(64, 48, *kernel)), torch.Tensor)
+    assert isinstance(thin, LowRank)
+    assert thin.down.shape == (4, 48, *kernel)
+    expected = 0.5 * (a[0].double() @ b[0].double()) * (a[1].double() @ b[1].double())
+    assert_equal(thin.delta_weight(), expected.reshape(64, 48, *kernel))
+
+
 def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """sum over i, j of t[i, j] a[i, o] b[j, c], by loops."""
     total = torch.zeros(a.shape[1], b.shape[1], *t.shape[2:], dtype=torch.float64)
@@ -123,7 +138,7 @@ def test_lokr_is_the_kronecker_product(case):
 
 def test_a_lokr_with_a_thin_second_factor_stays_two_small_products():
     tensors = {"lokr_w1": random(2, 2), "lokr_w2_a": random(64, 2), "lokr_w2_b": random(2, 64), "alpha": torch.tensor(1.0)}
-    branch = branch_of(tensors)[1]
+    branch = bound(branch_of(tensors)[1], torch.Tensor)
     assert isinstance(branch, LowRank)
     expected = 0.5 * torch.kron(tensors["lokr_w1"].double(), tensors["lokr_w2_a"].double() @ tensors["lokr_w2_b"].double())
     assert_equal(branch.delta_weight(), expected)
@@ -137,9 +152,9 @@ def test_lokr_of_a_convolution(size, rank):
     for i in range(2):
         for j in range(2):
             expected[i * size : (i + 1) * size, j * size : (j + 1) * size] = first[i, j].double() * second
-    branch = branch_of({"lokr_w1": first, "lokr_w2_a": a, "lokr_w2_b": b})[1]
-    assert isinstance(branch, LowRank if size == 16 else Composed)
-    assert_equal(bound(branch, torch.Tensor).delta_weight(), expected)
+    branch = bound(branch_of({"lokr_w1": first, "lokr_w2_a": a, "lokr_w2_b": b})[1], torch.Tensor)
+    assert isinstance(branch, LowRank if size == 16 else Dense)
+    assert_equal(branch.delta_weight(), expected)
     t = random(rank, rank, 3, 3)
     tensors = {"lokr_w1": first, "lokr_w2_a": a.T.contiguous(), "lokr_w2_b": b[:, :, 0, 0], "lokr_t2": t}
     second = tucker(t, a.T, b[:, :, 0, 0])
