@@ -62,9 +62,8 @@ def read_value(entries: Mapping[str, Any], name: str) -> Any:
         text = f"{entries[f'{key}-1']}x{entries[f'{key}-2']}"
     if text is None:
         return getattr(FuseSettings(), name)
-    if field_types()[name] is not str:
-        return getattr(FuseSettings(**{name: parse_value(name, str(text))}), name)
-    return getattr(FuseSettings(**{name: tag.unescape(str(text).strip())}), name)
+    value = tag.unescape(str(text).strip()) if field_types()[name] is str else parse_value(name, str(text))
+    return getattr(FuseSettings.from_mapping({name: value}), name)
 
 
 def read_settings(entries: Mapping[str, Any], rename: Callable[[str, str | None], str] | None = None) -> FuseSettings | None:

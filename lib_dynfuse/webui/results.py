@@ -5,17 +5,30 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image
 
-from ..fusion import selection_map
+from ..fusion import Trace, selection_map
 from ..hosts.fusion_pass import FusionPass
+from ..settings import FuseSettings
 from . import options, pictures
 
 # What the host saves of an image besides the image itself (modules/processing.py, images.save_image(..., suffix=)).
 _OTHER_SAVES = ("-before-highres-fix", "-before-face-restoration", "-before-color-correction", "-mask", "-mask-composite", "-init-image")
 
-_last: dict[str, list[FusionPass]] = {}
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is shown of a pass. Not the pass itself: that holds the LoRAs' tensors."""
+
+    settings: FuseSettings | None
+    trace: Trace | None
+    notes: tuple[str, ...]
+    hires: bool
+
+
+_last: dict[str, list[_Seen]] = {}
 
 
 def forget(tab: str) -> None:
@@ -25,13 +38,13 @@ def forget(tab: str) -> None:
 
 def remember(tab: str, passes: Sequence[FusionPass]) -> None:
     """Keep the passes of a finished job's last batch."""
-    _last[tab] = list(passes)
+    _last[tab] = [_Seen(p.settings, p.trace, tuple(p.notes), p.hires) for p in passes]
 
 
 def result_html(tab: str) -> str:
     """The panel's view of a tab's last job; empty if it was not fused."""
     passes = _last.get(tab, [])
-    figures = "".join(_figure(p) for p in passes if p.trace is not None)
+    figures = "".join(_figure(_map(p.trace, p.settings), p.hires) for p in passes if p.trace is not None)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(note for p in passes for note in p.notes))
     return figures + (f"<ul>{notes}</ul>" if notes else "")
 
@@ -44,21 +57,19 @@ def save_beside(filename: str, passes: Sequence[FusionPass]) -> None:
     stem = os.path.splitext(filename)[0]
     if not options.saves_map() or stem.endswith(_OTHER_SAVES) or os.path.basename(stem).startswith("grid-"):
         return
-    maps = [_map(p) for p in passes if p.trace is not None]
+    maps = [_map(trace, p.settings) for p in passes if (trace := p.trace) is not None]
     if maps:
         _stacked(maps).save(f"{stem}-dynfuse.png")
 
 
-def _figure(fusion_pass: FusionPass) -> str:
-    picture = _map(fusion_pass)
-    caption = "<figcaption>Hires pass</figcaption>" if fusion_pass.hires else ""
+def _map(trace: Trace, settings: FuseSettings | None) -> Image.Image:
+    assert settings is not None, "a pass that ran had settings"
+    return selection_map.draw(trace, settings.subject, settings.style)
+
+
+def _figure(picture: Image.Image, hires: bool) -> str:
+    caption = "<figcaption>Hires pass</figcaption>" if hires else ""
     return f'<figure>{caption}<img src="{pictures.picture_address(picture)}" alt="Selection map: steps by layers"></figure>'
-
-
-def _map(fusion_pass: FusionPass) -> Image.Image:
-    assert fusion_pass.trace is not None
-    assert fusion_pass.settings is not None
-    return selection_map.draw(fusion_pass.trace, fusion_pass.settings.subject, fusion_pass.settings.style)
 
 
 def _stacked(maps: Sequence[Image.Image]) -> Image.Image:
