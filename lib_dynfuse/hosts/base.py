@@ -137,6 +137,8 @@ class WebUIHost(ABC):
     # One job.
 
     def _around_job(self, original: Callable[..., Any], p: Any, *args: Any, **kwargs: Any) -> Any:
+        if FusionJob.of(p) is not None:
+            del p.dynfuse  # some scripts run the same processing object again and again
         try:
             result = original(p, *args, **kwargs)
         finally:
@@ -211,8 +213,8 @@ class WebUIHost(ABC):
             new.error = f"DynFuse could not prepare the fusion: {type(reason).__name__}: {reason}"
         else:
             for file in (new.request.subject, new.request.style):
-                if file.embeddings:
-                    new.note(f"The embeddings inside {file.name} ({', '.join(file.embeddings)}) are not used.")
+                for note in _unused(file):
+                    new.note(note)
         return new
 
     def _read_pair(self, settings: FuseSettings) -> Request:
@@ -281,6 +283,7 @@ class WebUIHost(ABC):
             unmatched = self.add_text_parts(active.request.text)
         except Exception as reason:
             log.exception("DynFuse could not merge the text-encoder parts")
+            self._text_label = None  # what is encoded now must not be found again
             active.error = f"DynFuse could not merge the text-encoder parts: {type(reason).__name__}: {reason}"
             return
         if unmatched:
@@ -339,6 +342,18 @@ def _networks() -> Any:
     import networks
 
     return networks
+
+
+def _unused(file: LoraFile) -> list[str]:
+    """Sentences on what is in a file and takes no part. Layers that this model lacks are for the session to tell."""
+    notes = []
+    layers = {key for keys in file.keys.values() for key in keys}
+    unread = [key for key in file.unmatched if key not in layers]
+    if unread:
+        notes.append(f"{len(unread)} keys of {file.name} are of no known kind and were not used (such as {unread[0]}).")
+    if file.embeddings:
+        notes.append(f"The embeddings inside {file.name} ({', '.join(file.embeddings)}) are not used.")
+    return notes
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

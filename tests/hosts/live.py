@@ -59,6 +59,21 @@ class WebUI:
     def script_names(self) -> set[str]:
         return set(self.call("/sdapi/v1/scripts")["txt2img"])
 
+    def wait(self, seconds: float = 120) -> None:
+        """Until the WebUI, which has just been told to load its scripts again, is back."""
+        time.sleep(2)  # it answers for a moment longer
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                self.call("/sdapi/v1/scripts", timeout=10)
+            except (OSError, Refused):
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
+            else:
+                time.sleep(2)  # Forge answers a moment before its scripts have their arguments
+                return
+
     def interrupt(self) -> None:
         self.call("/sdapi/v1/interrupt", {})
 
@@ -74,7 +89,9 @@ class WebUI:
 class Case:
     """A base model on a WebUI with a pair of LoRAs for it.
 
-    other: a third LoRA that becomes part of the base, if there is one. options: what loads the model. job: parameters of every job.
+    options: what loads the model. job, hires: parameters of every job, of every hires job. other: a third LoRA, to become part of the
+    base. foreign: a LoRA for another model. refiner: a checkpoint of the same kind. flow: a flow model. requantises: the WebUI's merge is
+    not exact on this base. neighbours: the other cases on the same WebUI.
     """
 
     name: str
@@ -83,7 +100,13 @@ class Case:
     style: str
     options: dict[str, Any]
     job: dict[str, Any] = field(default_factory=dict)
+    hires: dict[str, Any] = field(default_factory=dict)
     other: str | None = None
+    foreign: str | None = None
+    refiner: str | None = None
+    flow: bool = False
+    requantises: bool = False
+    neighbours: list[Case] = field(default_factory=list, repr=False)
 
     @property
     def tag(self) -> str:
@@ -104,8 +127,6 @@ class Case:
             "prompt": prompt,
             "seed": 1,
             "steps": 3,
-            "width": 64,
-            "height": 64,
             "cfg_scale": 5,
             "sampler_name": "Euler",
             **self.job,

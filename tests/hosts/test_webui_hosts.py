@@ -238,6 +238,15 @@ class TestRecord:
         result = webui.process(Processing(f"a cat {TAG}", n_iter=3, enable_hr=True))
         assert [(p.batch, p.hires) for p in webui.host.passes(result.p)] == [(2, False), (2, True)]
 
+    def test_a_processing_object_that_is_run_again_has_the_record_of_its_last_run(self, webui):
+        p = Processing(f"a cat {TAG}")
+        for _ in range(3):
+            webui.process(p)
+        assert len(webui.host.passes(p)) == 1
+        p.prompt = "a cat"
+        webui.process(p)
+        assert webui.host.passes(p) == []
+
     def test_a_plain_job_has_no_record(self, webui):
         assert webui.host.last_pass(webui.process(Processing("a cat")).p) is None
 
