@@ -17,20 +17,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Nats. exp(80) times any change that float32 features can have is still a float32.
+_LARGEST_EXPONENT = 80.0
+
+
+def _excess(change: Tensor, axis: int) -> Tensor:
+    """How far a token's largest change goes beyond what exp can take, (..., T, 1): zero but for far too strong LoRAs."""
+    return change.amax(axis, keepdim=True).sub_(_LARGEST_EXPONENT).clamp_min_(0)
+
 
 def kullback_leibler(base: Tensor, delta: Tensor, axis: int = -1) -> Tensor:
     """KL(q || p) with p = softmax(y0), q = softmax(y0 + d): paper, Eqs. 11 and 12.
 
-    With the mean E_p[d] taken out of d (softmax does not see it), u = exp(d) - 1 and z = E_p[u], log(q/p) = d - log(1 + z), so
-    KL = E_q[d] - log(1 + z) = E_p[u d] / (1 + z) - log(1 + z). Taking the mean out first makes both terms second order in d, so that
-    float32 keeps its digits for small changes.
+    With the mean E_p[d] taken out of d (softmax does not see it), u = exp(d - s) - 1 and z = E_p[u], log(q/p) = d - s - log(1 + z), so
+    KL = E_q[d] - s - log(1 + z) = E_p[u d] / (1 + z) - s - log(1 + z). Taking the mean out first makes both terms second order
+    in d, so that float32 keeps its digits for small changes. s is zero unless exp(d) would leave float32.
     """
     p = torch.softmax(base, axis)
     weighted = p * delta
     change = delta.sub_(weighted.sum(axis, keepdim=True))
-    torch.expm1(change, out=weighted)
-    z = weighted.mul_(p).sum(axis)
-    return weighted.mul_(change).sum(axis).div_(1 + z).sub_(torch.log1p(z))
+    excess = _excess(change, axis)
+    torch.sub(change, excess, out=weighted)
+    z = weighted.expm1_().mul_(p).sum(axis)
+    return weighted.mul_(change).sum(axis).div_(1 + z).sub_(torch.log1p(z)).sub_(excess.squeeze(axis))
 
 
 def jensen_shannon(base: Tensor, delta: Tensor, axis: int = -1) -> Tensor:
@@ -40,8 +49,9 @@ def jensen_shannon(base: Tensor, delta: Tensor, axis: int = -1) -> Tensor:
     """
     p = torch.softmax(base, axis)
     change = delta.sub_((p * delta).sum(axis, keepdim=True))
+    change.sub_(_excess(change, axis))
     z = torch.expm1(change).mul_(p).sum(axis, keepdim=True)
-    log_ratio = change - torch.log1p(z)
+    log_ratio = change.sub_(torch.log1p(z)).clamp_max_(_LARGEST_EXPONENT)
     u = torch.expm1(log_ratio)
     integrand = (1 + u).mul_(log_ratio).sub_((2 + u) * torch.log1p(u / 2))
     return (p * integrand).sum(axis) / 2
