@@ -26,7 +26,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from lib_dynfuse.demo import _tokenizer
+from lib_dynfuse.demo import letter_tokenizer
 
 
 def clip_config(words, width, projection):
@@ -66,7 +66,7 @@ def ready(pipeline):
 def sdxl():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = _tokenizer()
+        tokenizer = letter_tokenizer()
         words = len(tokenizer)
         unet = UNet2DConditionModel(
             sample_size=16,
@@ -98,7 +98,7 @@ def sdxl():
 def flux():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = _tokenizer()
+        tokenizer = letter_tokenizer()
         words = Tokenizer(WordLevel({"</s>": 0, "<unk>": 1, "a": 2, "dog": 3, "in": 4, "park": 5}, unk_token="<unk>"))
         words.pre_tokenizer = Whitespace()
         pipeline = FluxPipeline(
