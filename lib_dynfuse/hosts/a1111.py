@@ -42,6 +42,9 @@ class A1111(WebUIHost):
             networks.network_apply_weights(layer)
         return cast(Tensor, layer.weight)
 
+    def reserve_memory(self, p: Any, elements: int) -> None:
+        """A1111 keeps no account of the device's memory."""
+
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         return CondFirst([len(prompts) for prompts in cond.batch])
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..fusion import FusionError
 from ..lora import LoraFile, compatible
-from ..lora.branch import LoraError
+from ..lora.branch import LoraError, applied_size
 from ..settings import FuseSettings, SettingsError
 from .fusion_pass import FusionJob, FusionPass, Request, RowLayout
 from .lora_files import FileVersion, LoraFiles
@@ -302,7 +302,18 @@ class WebUIHost(ABC):
             return original(cfg_denoiser, *args, **kwargs)
         return job.current.switch_model(cfg_denoiser, lambda: original(cfg_denoiser, *args, **kwargs))
 
+    def before_sampling(self, p: Any) -> None:
+        """A sampling is about to begin, and the host about to decide what stays in the device's memory."""
+        job = FusionJob.of(p)
+        if job is not None and job.current is not None and job.current.request is not None:
+            files = (job.current.request.subject, job.current.request.style)
+            self.reserve_memory(p, sum(applied_size(branch) for file in files for branch in file.denoiser.values()))
+
     # What differs between the hosts.
+
+    @abstractmethod
+    def reserve_memory(self, p: Any, elements: int) -> None:
+        """Tell the host that this many numbers of the denoiser's type will come beside the model, where it keeps account of that."""
 
     @abstractmethod
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:

@@ -40,6 +40,13 @@ class Forge(WebUIHost):
         weight, _ = get_weight_and_bias(layer, weight_args={"dtype": torch.float32}, weight_fn=_dequantised)
         return weight
 
+    def reserve_memory(self, p: Any, elements: int) -> None:
+        # Else a model that just fits would be loaded whole, and the pair run out of memory. Lost with the next reset of
+        # forge_objects (processing.py:1522), after which the host asks again.
+        unet = p.sd_model.forge_objects.unet.clone()
+        unet.add_extra_preserved_memory_during_sampling(elements * torch.empty((), dtype=unet.model.computation_dtype).element_size())
+        p.sd_model.forge_objects.unet = unet
+
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         images = len(cond.batch)
         return lambda x, arguments: rows_of_call(x.shape[0], images, arguments.get("transformer_options") or {})

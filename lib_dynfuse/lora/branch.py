@@ -8,6 +8,7 @@ the layer's own weight (DoRA, IA3, OFT, ...) become a full matrix once the weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -77,8 +78,8 @@ class Dense:
 class Composed:
     """dW put together from small tensors when it is needed (LoHa, LoKr), and not while the file is read.
 
-    make: -> dW float32, of `shape` or flattened. thin: -> the same change as a product of two thin matrices; None where those would
-    be larger than dW. shape: (out, in[, kh, kw]). rank: of the factors, None without one.
+    make: -> dW float32, of `shape` or flattened. thin: -> the same change as a product of two thin matrices of rank thin_rank; None
+    where those would be larger than dW. shape: (out, in[, kh, kw]). rank: of the factors, None without one.
     """
 
     make: Callable[[], Tensor]
@@ -86,6 +87,7 @@ class Composed:
     rank: int | None = None
     bias: Tensor | None = None
     thin: Callable[[], LowRank] | None = None
+    thin_rank: int = 0
 
     def delta_weight(self) -> Tensor:
         """dW in float32, of the layer's weight's shape: the form in which it is merged."""
@@ -137,10 +139,18 @@ def bound(branch: Branch, weight: Callable[[], Tensor]) -> LowRank | Dense:
     return branch.composed() if isinstance(branch, Composed) else branch
 
 
+def applied_size(branch: Branch) -> int:
+    """Number of elements that the branch holds in the form in which it is applied; 0 where only the layer's weight would tell."""
+    if branch.shape is None:
+        return 0
+    thin = branch.rank if isinstance(branch, LowRank) else branch.thin_rank if isinstance(branch, Composed) and branch.thin else None
+    return math.prod(branch.shape) if thin is None else thin * (branch.shape[0] + math.prod(branch.shape[1:]))
+
+
 def merged(weight: Tensor, branch: Branch, strength: float) -> Tensor:
     """W0 + strength * dW in float32: what a host that merges would compute with."""
     delta = bound(branch, lambda: weight).delta_weight()
     return weight.float() + strength * delta.reshape(weight.shape).to(weight.device)
 
 
-__all__ = ["Branch", "Composed", "Dense", "FromWeight", "LoraError", "LowRank", "NormShift", "bound", "merged"]
+__all__ = ["Branch", "Composed", "Dense", "FromWeight", "LoraError", "LowRank", "NormShift", "applied_size", "bound", "merged"]

@@ -78,8 +78,8 @@ def loha(tensors: Tensors) -> Composed:
         return LowRank(down.reshape(-1, *shape[1:]), up, scale, bias)
 
     matrices = first.t is None and second.t is None
-    smaller = matrices and _is_thin((first.rank or 0) * (second.rank or 0), shape)
-    return Composed(make, shape, first.rank, bias, thin if smaller else None)
+    thin_rank = (first.rank or 0) * (second.rank or 0)
+    return Composed(make, shape, first.rank, bias, thin if matrices and _is_thin(thin_rank, shape) else None, thin_rank)
 
 
 def lokr(tensors: Tensors) -> Composed:
@@ -109,8 +109,9 @@ def lokr(tensors: Tensors) -> Composed:
         down = torch.kron(torch.eye(first.shape[1]), second.b.flatten(1).float())
         return LowRank(down.reshape(-1, *shape[1:]), up, scale, bias)
 
-    smaller = second.b is not None and second.t is None and _is_thin(first.shape[1] * second.b.shape[0], shape)
-    return Composed(make, shape, rank, bias, thin if smaller else None)
+    thin_rank = first.shape[1] * (second.rank or 0)
+    matrices = second.b is not None and second.t is None
+    return Composed(make, shape, rank, bias, thin if matrices and _is_thin(thin_rank, shape) else None, thin_rank)
 
 
 def _is_thin(rank: int, shape: tuple[int, ...]) -> bool:

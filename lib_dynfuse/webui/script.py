@@ -80,6 +80,9 @@ class DynFuseScript(scripts.Script):
         if text and data is not None and EXTRA_NETWORK not in data:
             data[EXTRA_NETWORK] = [extra_networks.ExtraNetworkParams(items=items) for items in tag.find_tags(text)]
 
+    def process_before_every_sampling(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
+        detect().before_sampling(p)
+
     def postprocess(self, p: Any, processed: Any, *arguments: Any) -> None:
         results.remember(_tab(self.is_img2img), detect().passes(p))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lib_dynfuse.lora.branch import Composed, Dense, FromWeight, LoraError, LowRank, NormShift, bound, merged
+from lib_dynfuse.lora.branch import Composed, Dense, FromWeight, LoraError, LowRank, NormShift, applied_size, bound, merged
 from lib_dynfuse.lora.kinds import branch_of
 
 from .writing import random
@@ -91,6 +91,7 @@ def test_a_loha_of_small_rank_is_applied_as_two_thin_matrices(kernel):
     thin = bound(replace(branch, shape=(64, 48, *kernel)), torch.Tensor)
     assert isinstance(thin, LowRank)
     assert thin.down.shape == (4, 48, *kernel)
+    assert applied_size(branch) == thin.down.numel() + thin.up.numel()
     expected = 0.5 * (a[0].double() @ b[0].double()) * (a[1].double() @ b[1].double())
     assert_equal(thin.delta_weight(), expected.reshape(64, 48, *kernel))
 
