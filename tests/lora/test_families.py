@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_dynfuse.lora import block_label, denoiser_aliases, layer_label
+from lib_dynfuse.lora import block_label, denoiser_aliases, is_attention, layer_label
 from lib_dynfuse.lora.families import FAMILIES, FLUX, SD1, SD2, SDXL, reference_aliases, reference_layers
 from lib_dynfuse.lora.naming import Part, flat, layout_of
 
@@ -135,3 +135,9 @@ def test_every_alias_is_a_name_of_a_known_scheme(family):
         "joint_blocks_0_x_block_attn_qkv",
     ]
     assert [name for name in strange if layout_of(name) is not None] == []
+
+
+def test_attention_of_sdxl_is_the_560_layers_of_the_paper():
+    """Its LoRAs, trained as K-LoRA's, change query, key, value and output of 70 blocks with two attentions each."""
+    sites = {alias.site for aliases in reference_aliases(SDXL).values() for alias in aliases}
+    assert sum(is_attention(site) for site in sites) == 70 * 2 * 4
