@@ -116,6 +116,15 @@ class FusionSession:
         for site in self._sites:
             site.forget()
 
+    def restart(self) -> None:
+        """Begin another image on the same model with an empty record; the branches on the device are kept."""
+        for site in self._sites:
+            site.forget()
+        self._recorder.steps.clear()
+        self._state.fallbacks = 0
+        self._state.gamma = None
+        self._steps_without_gamma = self.settings.balance == "gamma"
+
     @contextmanager
     def attached(self, rows: Rows | None = None) -> Iterator[FusionSession]:
         """Put the fused forwards on the model's layers for one call; they are off again whatever happens inside."""

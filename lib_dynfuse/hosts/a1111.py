@@ -33,6 +33,11 @@ class A1111(WebUIHost):
         # Another checkpoint of the same kind is loaded into the same modules (sd_models.reload_model_weights).
         return id(shared.sd_model.model.diffusion_model), shared.sd_model.sd_checkpoint_info.filename
 
+    def merged_loras(self, cfg_denoiser: Any) -> object:
+        import networks
+
+        return tuple((net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in networks.loaded_networks)
+
     def weight_of(self, layer: nn.Module) -> Tensor:
         import networks
         from modules import shared

@@ -234,7 +234,7 @@ class WebUIHost(ABC):
         reason = compatible(*files)
         if reason is not None:
             raise FusionError(reason)
-        return Request(settings, files[0], files[1], real, text_parts(settings, files, versions))
+        return Request(settings, files[0], files[1], real, tuple(versions), text_parts(settings, files, versions))
 
     def _known_path(self, name: str) -> str:
         path = self.lora_path(name)
@@ -321,6 +321,10 @@ class WebUIHost(ABC):
 
     @abstractmethod
     def denoiser_identity(self, cfg_denoiser: Any) -> object:
+        """See Denoisers."""
+
+    @abstractmethod
+    def merged_loras(self, cfg_denoiser: Any) -> object:
         """See Denoisers."""
 
     @abstractmethod

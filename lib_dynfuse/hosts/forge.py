@@ -33,6 +33,9 @@ class Forge(WebUIHost):
     def denoiser_identity(self, cfg_denoiser: Any) -> object:
         return id(self._unet(cfg_denoiser).model.diffusion_model)
 
+    def merged_loras(self, cfg_denoiser: Any) -> object:
+        return tuple(self._unet(cfg_denoiser).lora_patches)
+
     def weight_of(self, layer: nn.Module) -> Tensor:
         from backend.operations import get_weight_and_bias
 

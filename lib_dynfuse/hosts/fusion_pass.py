@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..fusion import FusionError, FusionSession, Report, Rows, Trace
 from ..lora import LoraFile
 from ..settings import FuseSettings
+from .lora_files import FileVersion
 from .text_parts import TextParts
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,16 @@ RowLayout = Callable[[Tensor, Mapping[str, Any]], Rows]
 
 
 class Denoisers(Protocol):
-    """Where a pass finds the host's denoiser."""
+    """What a pass asks its host about the denoiser."""
 
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
         """The diffusion model that the next model calls go to. Raises FusionError where its layers would not be run."""
 
     def denoiser_identity(self, cfg_denoiser: Any) -> object:
         """Changes when the denoiser or the checkpoint in it changes."""
+
+    def merged_loras(self, cfg_denoiser: Any) -> object:
+        """Changes when other LoRAs are merged into the denoiser: kinds that depend on its weights are then made anew."""
 
     def weight_of(self, layer: nn.Module) -> Tensor:
         """A layer's weight as the model computes with it, dequantised: other LoRAs merged, ours not."""
@@ -50,6 +54,7 @@ class Request:
     subject: LoraFile
     style: LoraFile
     paths: frozenset[str]
+    versions: tuple[FileVersion, ...]
     text: TextParts | None
 
 
@@ -69,6 +74,8 @@ class FusionPass:
     batch: int = 0
     denoising: bool = field(default=False, init=False)
     _session: FusionSession | None = field(default=None, init=False)
+    _key: object = field(default=None, init=False)
+    _spare: tuple[object, FusionSession] | None = field(default=None, init=False)
     _identity: object = field(default=None, init=False)
     _trace: Trace | None = field(default=None, init=False)
     _report: Report | None = field(default=None, init=False)
@@ -119,14 +126,24 @@ class FusionPass:
         return switched
 
     def finish(self) -> None:
-        """The pass is over: keep the record, let go of the model and of the device's memory."""
+        """The pass is over: keep the record. The session stays for a pass to come, until succeed or release."""
         session, self._session, self._identity = self._session, None, None
         if session is None:
             return
+        self._spare = (self._key, session)
         if self._trace is None:
             self._trace = session.trace
         self._notes = list(dict.fromkeys([*self._notes, *session.notes()]))
-        session.release()
+
+    def succeed(self, earlier: FusionPass) -> None:
+        """Follow a pass that is over, with what it had on the device: a job's next batch mostly wants the same."""
+        self._spare, earlier._spare = earlier._spare, None
+
+    def release(self) -> None:
+        """Let go of the model and of the device's memory."""
+        if self._spare is not None:
+            self._spare[1].release()
+            self._spare = None
 
     def _attach(self, cfg_denoiser: Any, cond: Any) -> None:
         session = self._session_for(cfg_denoiser)
@@ -143,15 +160,10 @@ class FusionPass:
             return self._session
         refiner = self._identity is not None
         self.finish()
-        assert self.request is not None
+        if refiner:
+            self.release()
         try:
-            self._session = FusionSession(
-                self.denoisers.denoiser(cfg_denoiser),
-                self.request.subject,
-                self.request.style,
-                self.request.settings,
-                weight_of=self.denoisers.weight_of,
-            )
+            self._session = self._made_or_spare(cfg_denoiser, identity)
         except FusionError as reason:
             if not refiner:
                 raise
@@ -160,6 +172,18 @@ class FusionPass:
         if self._report is None and self._session is not None:
             self._report = self._session.report
         return self._session
+
+    def _made_or_spare(self, cfg_denoiser: Any, identity: object) -> FusionSession:
+        request = self.request
+        assert request is not None
+        model = self.denoisers.denoiser(cfg_denoiser)
+        self._key = (request.settings, request.versions, identity, self.denoisers.merged_loras(cfg_denoiser))
+        if self._spare is not None and self._spare[0] == self._key:
+            session = self._spare[1]
+            session.restart()
+            return session
+        self.release()
+        return FusionSession(model, request.subject, request.style, request.settings, weight_of=self.denoisers.weight_of)
 
 
 @contextmanager
@@ -210,7 +234,11 @@ class FusionJob:
     def begin(self, new: FusionPass | None) -> None:
         """A prompt's tags were activated: whatever was asked for before no longer holds."""
         self.finish_current()
-        self._current = new
+        earlier, self._current = self._current, new
+        if earlier is not None and new is not None:
+            new.succeed(earlier)
+        elif earlier is not None:
+            earlier.release()
         if new is None:
             return
         # A prompt may be activated several times before it is used (A1111 with --lowvram, Forge with hires): only passes that ran count,
@@ -218,7 +246,7 @@ class FusionJob:
         self.passes = [*(p for p in self.passes if p.trace is not None and p.batch == new.batch), new]
 
     def finish_current(self) -> None:
-        """Let go of the running pass's model, whatever state it was left in."""
+        """Keep the running pass's record, whatever state it was left in."""
         if self._current is None:
             return
         try:
@@ -229,6 +257,8 @@ class FusionJob:
     def end(self) -> None:
         """The job is over, well or badly. The record may be kept for long; the LoRAs are not, with it."""
         self.finish_current()
+        if self._current is not None:
+            self._current.release()
         self.over = True
         for done in self.passes:
             done.request = None

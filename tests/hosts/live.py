@@ -91,7 +91,7 @@ class Case:
 
     options: what loads the model. job, hires: parameters of every job, of every hires job. other: a third LoRA, to become part of the
     base. foreign: a LoRA for another model. refiner: a checkpoint of the same kind. flow: a flow model. requantises: the WebUI's merge is
-    not exact on this base. neighbours: the other cases on the same WebUI.
+    not exact on this base. neighbours: the other cases on the same WebUI. pristine: a second WebUI, without the extension.
     """
 
     name: str
@@ -106,6 +106,7 @@ class Case:
     refiner: str | None = None
     flow: bool = False
     requantises: bool = False
+    pristine: WebUI | None = None
     neighbours: list[Case] = field(default_factory=list, repr=False)
 
     @property

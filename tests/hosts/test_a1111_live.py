@@ -1,7 +1,8 @@
 """Checks on a running A1111: DYNFUSE_A1111_URL=http://127.0.0.1:7860 pytest tests/hosts/test_a1111_live.py
 
-docs/development.md says how to set one up. The names of checkpoints and LoRAs can be given as DYNFUSE_A1111_SD15 and DYNFUSE_A1111_SDXL,
-"checkpoint:subject:style[:other LoRA]".
+docs/development.md says how to set one up. The names of checkpoints and LoRAs can be given as DYNFUSE_A1111_SD15, _SD15_TEXT and _SDXL,
+"checkpoint:subject:style[:other LoRA]". DYNFUSE_A1111_PRISTINE_URL names a second A1111 with the same files and without the extension
+(--disable-extra-extensions).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .live_checks import *  # noqa: F403
 from .live_checks import ROUNDING
 
 URL = os.environ.get("DYNFUSE_A1111_URL")
+PRISTINE = os.environ.get("DYNFUSE_A1111_PRISTINE_URL")
 
 pytestmark = pytest.mark.skipif(URL is None, reason="DYNFUSE_A1111_URL names no running A1111")
 
@@ -38,6 +40,7 @@ def cases():
                 {"width": 64, "height": 64},
                 other=other[0] if other else None,
                 neighbours=made,
+                pristine=WebUI(PRISTINE) if PRISTINE else None,
                 **settings,
             )
         )

@@ -2,7 +2,8 @@
 
 docs/development.md says how to set one up. The names of checkpoints and LoRAs can be given as DYNFUSE_FORGE_SD15, _SDXL, _FLUX,
 _FLUX_SPLIT and _FLUX_GGUF, "checkpoint:subject:style[:other LoRA]"; the text encoders and the VAE of the last as
-DYNFUSE_FORGE_FLUX_MODULES, "file:file:file".
+DYNFUSE_FORGE_FLUX_MODULES, "file:file:file". DYNFUSE_FORGE_PRISTINE_URL names a second Forge with the same files and without the
+extension.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .live_checks import *  # noqa: F403
 from .live_checks import ROUNDING
 
 URL = os.environ.get("DYNFUSE_FORGE_URL")
+PRISTINE = os.environ.get("DYNFUSE_FORGE_PRISTINE_URL")
 
 pytestmark = pytest.mark.skipif(URL is None, reason="DYNFUSE_FORGE_URL names no running Forge")
 
@@ -47,6 +49,7 @@ def cases():
                 {"width": 64, "height": 64, "scheduler": "Simple", **job},
                 other=other[0] if other else None,
                 neighbours=made,
+                pristine=WebUI(PRISTINE) if PRISTINE else None,
                 hires={"hr_additional_modules": ["Use same choices"], "hr_cfg": job.get("cfg_scale", 5)},
                 **settings,
             )

@@ -269,6 +269,47 @@ class TestRecord:
         assert result.comments == ""
 
 
+class TestSessions:
+    """What is prepared for one batch serves the next, and is gone with the job."""
+
+    @pytest.fixture
+    def made(self, monkeypatch):
+        from lib_dynfuse.hosts import fusion_pass
+
+        sessions = []
+
+        class Counted(fusion_pass.FusionSession):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                sessions.append(self)
+
+        monkeypatch.setattr(fusion_pass, "FusionSession", Counted)
+        return sessions
+
+    def test_one_serves_all_batches_and_the_hires_pass(self, webui, made):
+        webui.run(f"a cat {TAG}", n_iter=3, enable_hr=True)
+        assert len(made) == 1
+
+    def test_other_tags_make_another(self, webui, made):
+        webui.run(f"a cat {TAG}", enable_hr=True, hr_prompt="a cat <dynfuse:watercolor:dog>")
+        webui.run(f"a cat {TAG}", enable_hr=True, hr_prompt=f"a cat {TAG}<lora:sharp:0.5>")
+        assert len(made) == 4
+
+    def test_the_devices_memory_is_free_after_the_job(self, webui, made):
+        webui.run(f"a cat {TAG}", n_iter=2)
+        assert all(site.operators is None for session in made for site in session._sites)
+
+    def test_each_batch_has_its_own_record(self, webui):
+        records = []
+
+        def remember(p, *args):
+            records.append(webui.host.last_pass(p).trace)
+
+        webui.process(Processing(f"a cat {TAG}", n_iter=2, steps=4, callbacks={"postprocess_batch": remember}))
+        assert [record.winners.shape[0] for record in records] == [4, 4]
+        assert not torch.equal(records[0].divergences, records[1].divergences)
+
+
 class TestNoTrace:
     """Whatever happened in the last job, the next plain image is that of a WebUI without DynFuse."""
 
