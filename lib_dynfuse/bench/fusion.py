@@ -101,18 +101,28 @@ def measure(
         with session.attached(rows):
             unet(**inputs)
 
-    def literal_step() -> None:
-        with literally_fused(fused):
+    def literal_step() -> float:
+        with literally_fused(fused) as seconds_of_merging:
+            _wait(inputs)
             started = time.perf_counter()
             unet(**inputs)
             _wait(inputs)
-            literal_seconds.append(time.perf_counter() - started)
+            return time.perf_counter() - started - sum(seconds_of_merging)
 
-    literal_seconds: list[float] = []
-    ways: dict[str, Callable[[], None]] = {
-        "plain": lambda: unet(**inputs) and None,
-        "direct": lambda: session_step(direct),
-        "fused": lambda: session_step(fused),
+    def timed(step: Callable[[], Any]) -> Callable[[], float]:
+        def run_once() -> float:
+            _wait(inputs)
+            started = time.perf_counter()
+            step()
+            _wait(inputs)
+            return time.perf_counter() - started
+
+        return run_once
+
+    ways: dict[str, Callable[[], float]] = {
+        "plain": timed(lambda: unet(**inputs)),
+        "direct": timed(lambda: session_step(direct)),
+        "fused": timed(lambda: session_step(fused)),
         "literal": literal_step,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -120,13 +130,7 @@ def measure(
         for turn in range(-1, rounds):  # the first turn warms up: it moves branches to the device
             progress("Warming up ..." if turn < 0 else f"Turn {turn + 1} of {rounds} ...")
             for name, step in ways.items():
-                literal_seconds.clear()
-                _wait(inputs)
-                started = time.perf_counter()
-                step()
-                _wait(inputs)
-                # Making the merged weights is not part of the literal step.
-                elapsed = literal_seconds[0] if literal_seconds else time.perf_counter() - started
+                elapsed = step()
                 if turn >= 0:
                     seconds[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

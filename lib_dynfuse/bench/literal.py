@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,39 +16,58 @@ from ..fusion.session import FusionSession
 
 
 @contextmanager
-def literally_fused(session: FusionSession) -> Iterator[None]:
-    """Give the session's layers the forward that Eqs. 9 to 13 spell out, with W0 + dW made beforehand, for the length of the block."""
+def literally_fused(session: FusionSession) -> Iterator[list[float]]:
+    """Give the session's layers the forward that Eqs. 9 to 13 spell out, for the length of the block.
+
+    W0 + dW of both LoRAs is made beforehand on a GPU. On a CPU, whose memory need not hold the model three times, it is made in the
+    forward; the seconds that this takes, which are no part of a step, are put into the list that is given.
+    """
     patched: list[nn.Module] = []
+    seconds_of_merging: list[float] = []
     try:
         for layer in session.layers:
             if isinstance(layer, FusedLayer) and layer.sites[0].two_sided:
-                layer.module.__dict__["forward"] = _literal_forward(layer)
+                layer.module.__dict__["forward"] = _literal_forward(layer, seconds_of_merging)
                 patched.append(layer.module)
-        yield
+        yield seconds_of_merging
     finally:
         for module in patched:
             del module.__dict__["forward"]
 
 
-def _literal_forward(layer: FusedLayer) -> Any:
-    module: Any = layer.module
-    weight: Tensor = module.weight.detach()
+def _merged(layer: FusedLayer) -> list[Tensor]:
+    """W0 + dW of the subject and of the style, in the layer's type."""
+    weight: Tensor = layer.module.weight.detach()
     site = layer.sites[0]
     merged = []
     for branch, strength in zip(site.bind(lambda: weight), site.strengths):
         assert branch is not None
         merged.append((weight.float() + strength * branch.delta_weight().reshape(weight.shape).to(weight.device)).to(weight.dtype))
+    return merged
+
+
+def _literal_forward(layer: FusedLayer, seconds_of_merging: list[float]) -> Any:
+    module: Any = layer.module
+    weight: Tensor = module.weight.detach()
+    beforehand = _merged(layer) if weight.device.type != "cpu" else None
+    axis = 1 if layer.convolution else -1
+
+    def weights() -> list[Tensor]:
+        if beforehand is not None:
+            return beforehand
+        started = time.perf_counter()
+        made = _merged(layer)
+        seconds_of_merging.append(time.perf_counter() - started)
+        return made
 
     def product(x: Tensor, w: Tensor) -> Tensor:
         if layer.convolution:
             return module._conv_forward(x, w, module.bias)
         return F.linear(x, w, module.bias)
 
-    axis = 1 if layer.convolution else -1
-
     def forward(x: Tensor) -> Tensor:
         base = product(x, weight)
-        changed = [product(x, w) for w in merged]
+        changed = [product(x, w) for w in weights()]
         log_p = F.log_softmax(base.float(), axis)
         # F.kl_div(input, target) is KL(target || input).
         divergences = [
