@@ -77,7 +77,8 @@ class CondFirst:
     """The rows of one denoiser step, in order over its model calls (sd_samplers_cfg_denoiser.py:198-268).
 
     First each image's prompts (several with AND), image after image, then one unconditional row per image. The rows come in one
-    call or in several, cut anywhere; the unconditional ones may be missing. InstructPix2Pix models have two per image.
+    call or in several, cut anywhere; the unconditional ones may be missing. InstructPix2Pix models have two per image. Extensions
+    that cut the picture into tiles make such calls again and again, and several tiles in one.
     """
 
     def __init__(self, prompts: Sequence[int]):
@@ -87,9 +88,12 @@ class CondFirst:
         self._next = 0
 
     def __call__(self, x: Tensor, arguments: Mapping[str, Any]) -> Rows:
-        rows = range(self._next, self._next + x.shape[0])
-        self._next = rows.stop
+        rows = list(range(self._next, self._next + x.shape[0]))
+        self._next += x.shape[0]
         total = len(self._conditional)
+        whole = total + self._images
+        if rows[0] % whole == 0 and len(rows) % whole == 0:
+            rows = [row % whole for row in rows]
         images = tuple(self._conditional[row] if row < total else (row - total) % self._images for row in rows)
         return Rows(images, tuple(row < total for row in rows), self._images)
 

@@ -104,14 +104,15 @@ class Forge(WebUIHost):
 def rows_of_call(rows: int, images: int, options: Mapping[str, Any]) -> Rows:
     """The rows of one model call (sampling_function.py:145-270).
 
-    cond_or_uncond has one entry per stretch of the batch, each with one row per image. Where an extension cuts the batch up
-    in its own way (tiles), every row counts as conditional: which is which can no longer be told.
+    cond_or_uncond has one entry per stretch of the batch, each with one row per image. The built-in MultiDiffusion repeats all of
+    that for every tile (tiled_diffusion.py:437). In any other cut every row counts as conditional: which is which cannot be told.
     """
     entries = options.get("cond_or_uncond") or [CONDITIONAL]
     image_of_row = tuple(row % images for row in range(rows))
-    if rows != len(entries) * images:
+    tiles, rest = divmod(rows, len(entries) * images)
+    if rest:
         return Rows(image_of_row, (True,) * rows, images)
-    return Rows(image_of_row, tuple(entry == CONDITIONAL for entry in entries for _ in range(images)), images)
+    return Rows(image_of_row, tuple(entry == CONDITIONAL for entry in entries for _ in range(images)) * tiles, images)
 
 
 def text_patches(part: TextPart, names: Mapping[str, Tensor], weight: Any) -> tuple[dict[str, tuple[str, tuple[Any, ...]]], list[str]]:

@@ -38,6 +38,10 @@ class TestA1111:
     def test_skipped_negative_prompt(self):
         assert calls(CondFirst([1, 2]), 3) == ["0c 1c 1c"]
 
+    def test_tiles_repeat_the_whole_batch(self):
+        assert calls(CondFirst([1]), 4, 2) == ["0c 0u 0c 0u", "0c 0u"]
+        assert calls(CondFirst([2, 1]), 5, 5) == ["0c 0c 1c 0u 1u"] * 2
+
     def test_edit_models_have_two_unconditional_rows_per_image(self):
         assert calls(CondFirst([1, 1]), 6) == ["0c 1c 0u 1u 0u 1u"]
 
@@ -58,6 +62,9 @@ class TestForge:
     def test_split_batches(self):
         assert text(rows_of_call(2, 2, {"cond_or_uncond": [1]})) == "0u 1u"
 
+    def test_tiles_repeat_the_whole_batch(self):
+        assert text(rows_of_call(8, 2, {"cond_or_uncond": [1, 0]})) == "0u 1u 0c 1c 0u 1u 0c 1c"
+
     def test_rows_that_an_extension_cut_in_its_own_way_all_count_as_conditional(self):
-        assert text(rows_of_call(8, 2, {"cond_or_uncond": [1, 0]})) == "0c 1c 0c 1c 0c 1c 0c 1c"
+        assert text(rows_of_call(6, 2, {"cond_or_uncond": [1, 0]})) == "0c 1c 0c 1c 0c 1c"
         assert text(rows_of_call(3, 2, {})) == "0c 1c 0c"
