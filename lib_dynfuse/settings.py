@@ -24,18 +24,29 @@ def setting(
     *,
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
+    maximum: float | None = None,
     slider: tuple[float, float, float] | None = None,
+    picture: bool = False,
 ) -> Any:
     """Declare a field.
 
     label, tooltip: what the panel shows, in plain words.
     choices: the permitted strings; empty for free text and numbers.
-    minimum: smallest permitted number; None for any finite one.
+    minimum, maximum: smallest and largest permitted number; None for any finite one.
     slider: (lowest, highest, step) that the panel offers; a tag or the API may go beyond it.
+    picture: the text stands for a picture (see guidance.references.ReferenceCache.picture).
     """
     return dataclasses.field(
         default=default,
-        metadata={"label": label, "tooltip": tooltip, "choices": choices, "minimum": minimum, "slider": slider},
+        metadata={
+            "label": label,
+            "tooltip": tooltip,
+            "choices": choices,
+            "minimum": minimum,
+            "maximum": maximum,
+            "slider": slider,
+            "picture": picture,
+        },
     )
 
 
@@ -120,10 +131,119 @@ class FuseSettings:
         "skip: the layer stays as in the base model.",
         choices=("apply", "skip"),
     )
+    guidance: bool = setting(
+        False,
+        "Guidance",
+        "At every step, nudge the picture towards two reference pictures, one made with each LoRA alone. "
+        "Takes more time: the references are made once and kept. Needs a CLIP and a DINO encoder, which are downloaded once.",
+    )
+    m: float = setting(
+        10.0,
+        "m",
+        "Strength of the guidance (the paper's m). 10 is the paper's for 50 steps; with other numbers of steps it is scaled to the same "
+        "total. 0 is no guidance.",
+        minimum=0.0,
+        slider=(0.0, 50.0, 0.5),
+    )
+    content_weight: float = setting(
+        1 / 3,
+        "Subject CLIP weight",
+        "How much the CLIP similarity to the subject's reference counts.",
+        minimum=0.0,
+        slider=(0.0, 1.0, 0.01),
+    )
+    style_clip_weight: float = setting(
+        1 / 3,
+        "Style CLIP weight",
+        "How much the CLIP similarity to the style's reference counts.",
+        minimum=0.0,
+        slider=(0.0, 1.0, 0.01),
+    )
+    style_dino_weight: float = setting(
+        1 / 3,
+        "Style DINO weight",
+        "How much the DINO similarity to the style's reference counts.",
+        minimum=0.0,
+        slider=(0.0, 1.0, 0.01),
+    )
+    start: float = setting(
+        0.0,
+        "Start",
+        "The guidance begins at this fraction of the steps.",
+        minimum=0.0,
+        maximum=1.0,
+        slider=(0.0, 1.0, 0.05),
+    )
+    end: float = setting(
+        1.0,
+        "End",
+        "The guidance ends at this fraction of the steps.",
+        minimum=0.0,
+        maximum=1.0,
+        slider=(0.0, 1.0, 0.05),
+    )
+    every: int = setting(
+        1,
+        "Every",
+        "Guide only every n-th step of the range: faster, and weaker.",
+        minimum=1,
+        slider=(1, 10, 1),
+    )
+    gradient: str = setting(
+        "fast",
+        "Gradient",
+        "fast: of the score with respect to the predicted picture. exact: with respect to the noisy latent, through the whole denoiser "
+        "(the paper's); two to three times slower, and takes much more memory.",
+        choices=("fast", "exact"),
+    )
+    decoder: str = setting(
+        "vae-small",
+        "Decoder",
+        "How the predicted picture is decoded for the encoders. vae-small: the model's VAE at about 256 pixels. vae: the model's VAE "
+        "in full; much more memory and time. taesd: the small preview decoder of the WebUI.",
+        choices=("vae-small", "vae", "taesd"),
+    )
+    limit: float = setting(
+        0.05,
+        "Limit",
+        "No step changes the predicted picture by more than this fraction of its own strength (RMS). 0 takes the limit away.",
+        minimum=0.0,
+        slider=(0.0, 0.5, 0.01),
+    )
+    subject_prompt: str = setting(
+        "",
+        "Subject reference prompt",
+        "Prompt of the subject's reference picture. Empty: the LoRA's activation text, or else the prompt of the picture.",
+    )
+    style_prompt: str = setting(
+        "",
+        "Style reference prompt",
+        "Prompt of the style's reference picture. Empty: the LoRA's activation text, or else the prompt of the picture.",
+    )
+    subject_image: str = setting(
+        "",
+        "Subject reference picture",
+        "A picture of the subject to use in place of a generated reference.",
+        picture=True,
+    )
+    style_image: str = setting(
+        "",
+        "Style reference picture",
+        "A picture of the style to use in place of a generated reference.",
+        picture=True,
+    )
+    reference_seed: int = setting(
+        -1,
+        "Reference seed",
+        "Seed of the reference pictures. -1: the seed of the picture; another seed of its own keeps the references for many pictures.",
+        minimum=-1,
+    )
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
             object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
+        if self.start > self.end:
+            raise SettingsError(f"start ({format_value(self.start)}) must not be after end ({format_value(self.end)})")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> FuseSettings:
@@ -152,7 +272,7 @@ def field_types() -> dict[str, type]:
 
 
 def field_metadata(name: str) -> Mapping[str, Any]:
-    """label, tooltip, choices, minimum and slider of a field (see setting)."""
+    """label, tooltip, choices, minimum, maximum, slider and picture of a field (see setting)."""
     return FuseSettings.__dataclass_fields__[name].metadata
 
 
@@ -164,11 +284,23 @@ def parse_value(name: str, text: str) -> Any:
             return float(text)
         except ValueError:
             raise SettingsError(f"{name} must be a number, not {text!r}") from None
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise SettingsError(f"{name} must be a whole number, not {text!r}") from None
+    if kind is bool:
+        lower = text.strip().lower()
+        if lower not in ("true", "false"):
+            raise SettingsError(f"{name} must be true or false, not {text!r}")
+        return lower == "true"
     return text.strip()
 
 
 def format_value(value: Any) -> str:
     """The shortest text that parse_value reads back as the same value."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
     return str(value)
@@ -176,18 +308,37 @@ def format_value(value: Any) -> str:
 
 def _checked(name: str, kind: type, value: Any) -> Any:
     metadata = field_metadata(name)
-    if kind is float:
-        # bool is an int in Python; a JSON true is no weight.
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise SettingsError(f"{name} must be a number, not {value!r}")
-        value = float(value)
-        if not math.isfinite(value):
-            raise SettingsError(f"{name} must be a finite number, not {value}")
-        if metadata["minimum"] is not None and value < metadata["minimum"]:
-            raise SettingsError(f"{name} must be at least {format_value(metadata['minimum'])}, not {format_value(value)}")
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise SettingsError(f"{name} must be true or false, not {value!r}")
         return value
+    if kind in (int, float):
+        return _in_range(name, _number(name, kind, value))
     if not isinstance(value, str):
         raise SettingsError(f"{name} must be text, not {value!r}")
     if metadata["choices"] and value not in metadata["choices"]:
         raise SettingsError(f"{name} must be one of {', '.join(metadata['choices'])}, not {value!r}")
+    return value
+
+
+def _number(name: str, kind: type, value: Any) -> float:
+    # bool is an int in Python; a JSON true is no weight.
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SettingsError(f"{name} must be a {'whole ' if kind is int else ''}number, not {value!r}")
+    if not math.isfinite(value):
+        raise SettingsError(f"{name} must be a finite number, not {value}")
+    if kind is float:
+        return float(value)
+    # A slider of the panel sends 2.0 for 2.
+    if value != int(value):
+        raise SettingsError(f"{name} must be a whole number, not {format_value(value)}")
+    return int(value)
+
+
+def _in_range(name: str, value: float) -> float:
+    metadata = field_metadata(name)
+    if metadata["minimum"] is not None and value < metadata["minimum"]:
+        raise SettingsError(f"{name} must be at least {format_value(metadata['minimum'])}, not {format_value(value)}")
+    if metadata["maximum"] is not None and value > metadata["maximum"]:
+        raise SettingsError(f"{name} must be at most {format_value(metadata['maximum'])}, not {format_value(value)}")
     return value

@@ -24,7 +24,13 @@ def other_than_default(name):
     metadata = field_metadata(name)
     if metadata["choices"]:
         return next(choice for choice in metadata["choices"] if choice != default)
-    return default + 0.3125 if isinstance(default, float) else f"another {name}"
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return default + 3
+    if isinstance(default, float):
+        return default - 0.3125 if metadata["maximum"] == default else default + 0.3125
+    return "0123456789abcdef" if metadata["picture"] else f"another {name}"
 
 
 def changed(*names):
