@@ -115,18 +115,24 @@ def _add_generate(commands: Any) -> None:
     add("--device", metavar="D", help="cuda, mps or cpu (default: the first of these that is there)")
     add("--dtype", choices=tuple(DTYPES), help="numbers to compute with (default: float32 on a CPU, bfloat16 for Flux, else float16)")
 
-    fusion = generate.add_argument_group("fusion")
+    fusion = generate.add_argument_group("fusion and guidance")
     for name in field_types():
         if name not in _FILE_FIELDS:
-            metadata = field_metadata(name)
-            default = getattr(FuseSettings(), name)
-            fusion.add_argument(
-                option_of(name),
-                dest=f"setting_{name}",
-                metavar="{" + ",".join(metadata["choices"]) + "}" if metadata["choices"] else "X",
-                help=f"{metadata['tooltip']} (default: {format_value(default)})".replace("%", "%%"),
-            )
+            _add_setting(fusion, name)
     generate.set_defaults(run=_generate)
+
+
+def _add_setting(group: Any, name: str) -> None:
+    metadata = field_metadata(name)
+    default = format_value(getattr(FuseSettings(), name))
+    text = (metadata["tooltip"] if metadata["picture"] else f"{metadata['tooltip']} (default: {default or 'empty'})").replace("%", "%%")
+    if field_types()[name] is bool:
+        off = f"--no-{name.replace('_', '-')}"
+        group.add_argument(option_of(name), dest=f"setting_{name}", action="store_const", const="true", help=text)
+        group.add_argument(off, dest=f"setting_{name}", action="store_const", const="false", help=f"the opposite of {option_of(name)}")
+        return
+    metavar = "{" + ",".join(metadata["choices"]) + "}" if metadata["choices"] else "FILE" if metadata["picture"] else "X"
+    group.add_argument(option_of(name), dest=f"setting_{name}", metavar=metavar, help=text)
 
 
 def option_of(field: str) -> str:
@@ -171,7 +177,7 @@ def _generate(options: argparse.Namespace) -> int:
             out=options.out,
             negative_prompt=options.negative_prompt,
             steps=options.steps,
-            guidance=options.cfg,
+            cfg_scale=options.cfg,
             size=options.size,
             seed=options.seed,
             images=options.images,

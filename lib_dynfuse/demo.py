@@ -62,7 +62,7 @@ def run(out: Path) -> int:
         for name, (label, settings) in jobs.items():
             bar.set_description(f"{label:<22}")
             made = FusedPipeline(pipeline, subject, style, settings)(
-                PROMPT, seeds=[SEED], steps=STEPS, guidance=4.0, progress=lambda done, total: bar.update()
+                PROMPT, seeds=[SEED], steps=STEPS, cfg_scale=4.0, progress=lambda done, total: bar.update()
             )
             pictures[name] = made.images[0]
             pictures[name].save(out / f"{name}.png")

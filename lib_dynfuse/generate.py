@@ -27,7 +27,7 @@ from .webui import infotext
 class Request:
     """What to generate. model, config: as load_pipeline takes them. subject, style: paths of LoRA files.
 
-    size: width and height in pixels, None for the model's own. guidance: CFG scale, None for the pipeline's default. seed: of the first
+    size: width and height in pixels, None for the model's own. cfg_scale: None for the pipeline's default. seed: of the first
     image, the next one's is one higher; -1 for a random one. batch: images made at once. dtype: None for the device's best.
     """
 
@@ -39,7 +39,7 @@ class Request:
     out: Path
     negative_prompt: str = ""
     steps: int = 30
-    guidance: float | None = None
+    cfg_scale: float | None = None
     size: tuple[int, int] | None = None
     seed: int = -1
     images: int = 1
@@ -76,7 +76,7 @@ def run(request: Request) -> int:
                 negative_prompt=request.negative_prompt,
                 seeds=batch,
                 steps=request.steps,
-                guidance=request.guidance,
+                cfg_scale=request.cfg_scale,
                 width=width,
                 height=height,
                 progress=_progress(bar, len(seeds), request.batch),
@@ -101,13 +101,13 @@ def infotext_fields(
     request: Request, settings: FuseSettings, pipeline: Any, seed: int, size: tuple[int, int], files: tuple[LoraFile, LoraFile]
 ) -> dict[str, str]:
     """The entries of an image's infotext, named as a WebUI names them, so that pasting the image there restores the panel."""
-    guidance = pipeline.guidance_scale
+    scale = pipeline.guidance_scale
     distilled = getattr(pipeline, "transformer", None) is not None
     hashes = {file.name: lora_hash(file.path) for file in files}
     return {
         "Steps": str(request.steps),
         "Sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-        **({"CFG scale": "1", "Distilled CFG Scale": f"{guidance:g}"} if distilled else {"CFG scale": f"{guidance:g}"}),
+        **({"CFG scale": "1", "Distilled CFG Scale": f"{scale:g}"} if distilled else {"CFG scale": f"{scale:g}"}),
         "Seed": str(seed),
         "Size": f"{size[0]}x{size[1]}",
         "Model": request.model.resolve().stem if request.model.is_file() else request.model.resolve().name,

@@ -43,14 +43,23 @@ def settings_of(*options):
 
 
 def another_value(name):
-    metadata = field_metadata(name)
-    return metadata["choices"][-1] if metadata["choices"] else 0.25
+    if choices := field_metadata(name)["choices"]:
+        return choices[-1]
+    return {bool: True, int: 3, float: 0.25, str: "a small dog"}[field_types()[name]]
 
 
-@pytest.mark.parametrize("name", [name for name in field_types() if name not in ("subject", "style")])
+@pytest.mark.parametrize(
+    "name", [name for name in field_types() if name not in ("subject", "style") and not field_metadata(name)["picture"]]
+)
 def test_every_setting_is_an_option_of_its_name(name):
     value = another_value(name)
-    assert settings_of(cli.option_of(name), format_value(value)) == FuseSettings(**{name: value})
+    given = [cli.option_of(name)] if value is True else [cli.option_of(name), format_value(value)]
+    assert settings_of(*given) == FuseSettings(**{name: value})
+
+
+def test_the_last_of_an_option_and_its_opposite_counts():
+    assert settings_of("--guidance", "--no-guidance") == FuseSettings()
+    assert settings_of("--no-guidance", "--guidance") == FuseSettings(guidance=True)
 
 
 def test_without_options_the_settings_are_the_defaults():

@@ -5,7 +5,7 @@
     result = fused("a dog in a park", seeds=[1])
     result.images[0].save("dog.png")
 
-The pipeline keeps its own loop, scheduler and guidance. Our forwards lie on its denoiser and its text encoders only while these run.
+The pipeline keeps its own loop, scheduler and classifier-free guidance. Our forwards lie on its denoiser and its text encoders only while these run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class FusedPipeline:
         negative_prompt: str = "",
         seeds: Sequence[int] = (0,),
         steps: int = 30,
-        guidance: float | None = None,
+        cfg_scale: float | None = None,
         width: int | None = None,
         height: int | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -74,7 +74,7 @@ class FusedPipeline:
     ) -> FusedImages:
         """One image per seed, as one batch; an image does not depend on the others of its batch.
 
-        guidance: the CFG scale (Flux: the distilled guidance), None for the pipeline's default. width, height: pixels, None for the
+        cfg_scale: the CFG scale (Flux: the distilled guidance), None for the pipeline's default. width, height: pixels, None for the
         model's own size. progress: called with (steps done, steps) after each. more: passed on to the pipeline.
         Raises PipelineError for arguments that the pipeline refuses.
         """
@@ -89,8 +89,8 @@ class FusedPipeline:
             "height": height,
             **more,
         }
-        if guidance is not None:
-            arguments["guidance_scale"] = guidance
+        if cfg_scale is not None:
+            arguments["guidance_scale"] = cfg_scale
         if negative_prompt and _takes_negative_prompt(self.pipeline):
             arguments["negative_prompt"] = negative_prompt
         elif negative_prompt:
@@ -198,7 +198,7 @@ def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def rows_of(pipeline: Any, batch: int) -> Rows:
-    """The rows of a denoiser call: diffusers puts the negative prompt's rows first, and has none without guidance."""
+    """The rows of a denoiser call: diffusers puts the negative prompt's rows first, and has none without CFG."""
     if not getattr(pipeline, "do_classifier_free_guidance", False):
         return Rows.separate(batch)
     images = batch // 2

@@ -128,12 +128,12 @@ def test_a_text_weight_of_zero_leaves_the_text_encoder_alone(sd, loras):
     assert_same_latents(torch.stack(fused.images), reference)
 
 
-@pytest.mark.parametrize("guidance", [5.0, 1.0])
-def test_an_image_does_not_depend_on_its_batch_mates(sd, loras, guidance):
+@pytest.mark.parametrize("cfg_scale", [5.0, 1.0])
+def test_an_image_does_not_depend_on_its_batch_mates(sd, loras, cfg_scale):
     seeds = (3, 1, 4, 2)
-    together = run_fused(sd, loras, seeds=seeds, guidance=guidance)
+    together = run_fused(sd, loras, seeds=seeds, cfg_scale=cfg_scale)
     for position, seed in enumerate(seeds):
-        alone = run_fused(sd, loras, seeds=(seed,), guidance=guidance)
+        alone = run_fused(sd, loras, seeds=(seed,), cfg_scale=cfg_scale)
         assert_same_latents(together.images[position], alone.images[0])
         assert torch.equal(together.trace.winners[:, :, position], alone.trace.winners[:, :, 0])
 
@@ -147,8 +147,8 @@ def test_the_trace_has_the_steps_and_images_of_the_job(sd, loras):
     assert trace.fallbacks == 0
 
 
-@pytest.mark.parametrize("guidance", [5.0, 1.0])
-def test_rows_say_which_rows_see_the_prompt(sd, guidance):
+@pytest.mark.parametrize("cfg_scale", [5.0, 1.0])
+def test_rows_say_which_rows_see_the_prompt(sd, cfg_scale):
     seen = []
 
     def look(module, args, kwargs):
@@ -156,7 +156,7 @@ def test_rows_say_which_rows_see_the_prompt(sd, guidance):
 
     hook = sd.unet.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        run(sd, seeds=(1, 2), guidance_scale=guidance)
+        run(sd, seeds=(1, 2), guidance_scale=cfg_scale)
     finally:
         hook.remove()
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_rows_say_which_rows_see_the_prompt(sd, guidance):
     context, rows = seen[0]
     assert rows.count == 2
     assert list(rows.conditional) == [torch.allclose(row, prompt[0]) for row in context]
-    assert rows.images == ((0, 1, 0, 1) if guidance > 1 else (0, 1))
+    assert rows.images == ((0, 1, 0, 1) if cfg_scale > 1 else (0, 1))
 
 
 def test_progress_counts_the_steps(sd, loras):
