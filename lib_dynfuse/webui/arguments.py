@@ -36,7 +36,5 @@ def _read_positions(values: Sequence[Any]) -> FuseSettings:
     names = list(field_types())
     if len(values) > len(names):
         raise SettingsError(f"{len(values)} values were given; the settings are {len(names)}: {', '.join(names)}")
-    # An emptied dropdown sends None.
-    return FuseSettings.from_mapping(
-        {name: "" if value is None and name in ("subject", "style") else value for name, value in zip(names, values, strict=False)}
-    )
+    # An emptied control sends None, and so does an empty place for a picture.
+    return FuseSettings.from_mapping({name: value for name, value in zip(names, values, strict=False) if value is not None})

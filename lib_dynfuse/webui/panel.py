@@ -24,6 +24,14 @@ SWITCH_TOOLTIP = "Fuse a subject LoRA and a style LoRA. A <dynfuse:...> tag in t
 LORA_FIELDS = infotext.LORA_FIELDS
 MAIN_FIELDS = (*LORA_FIELDS, "subject_weight", "style_weight", "method", "criterion")
 ADVANCED_ROWS = (("te_weight", "bias"), ("granularity", "scope", "one_sided"), ("temperature", "balance"))
+GUIDANCE_ROWS = (
+    ("guidance", "m"),
+    ("content_weight", "style_clip_weight", "style_dino_weight"),
+    ("start", "end", "every"),
+    ("gradient", "decoder", "limit"),
+)
+REFERENCE_FIELDS = (("subject_image", "subject_prompt"), ("style_image", "style_prompt"))
+PROMPT_PLACEHOLDER = "LoRA's activation text, else the prompt"
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,17 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 with gr.Row(elem_classes=["dynfuse-row"]):
                     for name in row:
                         add(name)
+        with gr.Accordion("Guidance", open=False, elem_id=element("guidance_part"), elem_classes=["dynfuse-advanced"]):
+            for row in GUIDANCE_ROWS:
+                with gr.Row(elem_classes=["dynfuse-row"]):
+                    for name in row:
+                        add(name)
+            with gr.Row(elem_classes=["dynfuse-row"]):
+                for row in REFERENCE_FIELDS:
+                    with gr.Column():
+                        for name in row:
+                            add(name)
+            add("reference_seed")
         result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
 
     return Panel(enabled, {name: fields[name] for name in field_types()}, result)
@@ -118,6 +137,8 @@ def paste_functions(host: WebUIHost) -> Mapping[str, Callable[[Mapping[str, Any]
             except SettingsError:
                 # warn_about_paste has told the user.
                 return getattr(FuseSettings(), name)
+            if field_metadata(name)["picture"]:
+                return None
             if name not in LORA_FIELDS:
                 return value
             return renaming(host)(value, infotext.read_hashes(entries).get(value))
@@ -151,8 +172,16 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
         control = gr.Dropdown(choices=_lora_choices(host), allow_custom_value=True, **common)
     elif name in ("method", "criterion"):
         control = gr.Radio(choices=list(metadata["choices"]), **common)
+    elif metadata["picture"]:
+        control = gr.Image(**{**common, "value": None}, type="pil", height=160)
+    elif field_types()[name] is bool:
+        control = gr.Checkbox(**common)
     elif metadata["choices"]:
         control = gr.Dropdown(choices=list(metadata["choices"]), **common)
+    elif field_types()[name] is str:
+        control = gr.Textbox(lines=2, placeholder=PROMPT_PLACEHOLDER, **common)
+    elif metadata["slider"] is None:
+        control = gr.Number(precision=0, **common)
     else:
         lowest, highest, step = metadata["slider"]
         control = gr.Slider(minimum=lowest, maximum=highest, step=step, **common)

@@ -1,5 +1,6 @@
 """The few parts of a WebUI that the script and the panel call, as small stand-ins under the host's module names."""
 
+import contextlib
 import enum
 import importlib
 import re
@@ -74,6 +75,11 @@ class OptionInfo:
 
     def info(self, text):
         return self
+
+
+# gradio 4 writes a .pyi beside the file of every component class; Forge switches that off as well (modules/gradio_extensions.py).
+with contextlib.suppress(ImportError):
+    importlib.import_module("gradio.component_meta").create_or_modify_pyi = lambda *arguments: None
 
 
 class SwitchedAccordion(gr.Checkbox):

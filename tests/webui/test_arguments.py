@@ -1,6 +1,6 @@
 import pytest
 
-from lib_dynfuse.settings import FuseSettings, SettingsError
+from lib_dynfuse.settings import FuseSettings, SettingsError, field_types
 from lib_dynfuse.webui.arguments import read_arguments
 
 PAIR = {"subject": "dog", "style": "watercolor"}
@@ -16,6 +16,10 @@ def test_the_panels_own_values_behind_a_dict_do_not_count():
 
 def test_leading_values_are_enough():
     assert read_arguments([True, "dog", "watercolor", 0.5]) == FuseSettings(**PAIR, subject_weight=0.5)
+
+
+def test_an_emptied_control_means_the_default():
+    assert read_arguments([True, "dog", "watercolor", *[None] * (len(field_types()) - 2)]) == FuseSettings(**PAIR)
 
 
 @pytest.mark.parametrize("arguments", [[], [False], [False, {"nonsense": 1}], [False, "dog", "dog"]])
