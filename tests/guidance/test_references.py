@@ -62,12 +62,12 @@ def cache(tmp_path):
 
 
 def test_what_was_put_is_got_again_by_another_process_to_the_bit(cache):
-    cache.put(KEY, noise(), embeddings(), "a dog, <lora:x:1>\n\"quoted\" é 犬")
+    cache.put(KEY, noise(), embeddings(), 'a dog, <lora:x:1>\n"quoted" é 犬')
     found = ReferenceCache(cache.folder).get(dataclasses.replace(KEY))
     assert found.picture.tobytes() == noise().tobytes()
     assert torch.equal(found.embeddings.clip, embeddings().clip)
     assert torch.equal(found.embeddings.dino, embeddings().dino)
-    assert (found.side, found.prompt, found.given) == ("subject", "a dog, <lora:x:1>\n\"quoted\" é 犬", False)
+    assert (found.side, found.prompt, found.given) == ("subject", 'a dog, <lora:x:1>\n"quoted" é 犬', False)
 
 
 @pytest.mark.parametrize("name", KEY_FIELDS)
@@ -137,6 +137,7 @@ while True:
 
 def test_a_kill_during_writing_leaves_a_usable_cache(cache):
     for delay in (0.0, 0.05, 0.13):
+        cache.clear()
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(cache.folder)], stdout=subprocess.PIPE, cwd=os.getcwd())
         assert writer.stdout.readline() == b"ready\n"
         time.sleep(delay)
@@ -242,7 +243,8 @@ def test_transparent_ground_becomes_white_and_large_pictures_smaller(cache):
 
 
 @pytest.mark.parametrize(
-    "text", ["/etc/passwd", "given-0.png", "http://127.0.0.1/a.png", "file:///etc/hostname", "!", "", base64.b64encode(b"no picture").decode()]
+    "text",
+    ["/etc/passwd", "given-0.png", "http://127.0.0.1/a.png", "file:///etc/hostname", "!", "", base64.b64encode(b"no picture").decode()],
 )
 def test_anything_else_is_refused_with_a_sentence(cache, tmp_path, text):
     (tmp_path / "references").mkdir()
