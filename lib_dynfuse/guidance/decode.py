@@ -1,0 +1,128 @@
+"""Latent -> picture, differentiably: what the encoders look at.
+
+A host's own decoding runs without gradients (A1111's and Forge's decode_first_stage), and on Forge its weights cannot take part in
+autograd at all; private_copy makes a decoder that can.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The "small" decoder's picture: about what the encoders see (224 x 224), for a sixteenth of the work of a picture of 1024 x 1024.
+SMALL_PIXELS = 256
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+@runtime_checkable
+class LatentDecoder(Protocol):
+    """What Guide needs of a decoder. name: for people, as in the setting `decoder`."""
+
+    name: str
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        """latent: (B, C, h, w) in the model's latent units, any float dtype. Returns (B, 3, H, W) float32 in about [-1, 1]."""
+
+    def to(self, device: torch.device) -> LatentDecoder:
+        """Moves its weights; returns itself."""
+
+
+class VaeDecoder:
+    """A VAE, or a decoder that stands for one (TAESD), as a LatentDecoder.
+
+    decode: a module or a function from (B, C, h, w) in the VAE's units to pictures. scale, shift: of the model's latent,
+    (vae - shift) * scale. dtype: what decode works in. pixels: the decoded picture is made with about pixels^2 pixels of the same
+    aspect, never more than the latent has; None: all. factor: pixels of the picture per latent pixel, on each side.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Tensor], Tensor],
+        *,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        pixels: int | None = None,
+        factor: int = 8,
+        name: str | None = None,
+    ):
+        self.decode = decode
+        self.scale = scale
+        self.shift = shift
+        self.dtype = dtype
+        self.pixels = pixels
+        self.factor = factor
+        self.name = name or ("vae" if pixels is None else "vae-small")
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        small = latent.float() if latent.dtype != torch.float64 else latent
+        height, width = self.latent_size(latent.shape[-2], latent.shape[-1])
+        if (height, width) != tuple(latent.shape[-2:]):
+            small = F.interpolate(small, size=(height, width), mode="area")
+        pictures = self.decode((small / self.scale + self.shift).to(self.dtype))
+        return pictures if pictures.dtype == torch.float64 else pictures.float()
+
+    def to(self, device: torch.device) -> VaeDecoder:
+        if isinstance(self.decode, nn.Module):
+            # Moved under inference mode, a weight would be an inference tensor, which autograd refuses.
+            with torch.inference_mode(False), torch.no_grad():
+                self.decode.to(device)
+        return self
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the latent that is decoded, for one of that size."""
+        if self.pixels is None:
+            return height, width
+        ratio = self.pixels / (self.factor * math.sqrt(height * width))
+        if ratio >= 1:
+            return height, width
+        return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def private_copy(module: AnyModule, dtype: torch.dtype, device: torch.device | str) -> AnyModule:
+    """A copy of a host's decoder that autograd can go through, in that dtype and on that device, in evaluation mode.
+
+    Its parameters and buffers are normal tensors without gradient that share nothing with the host's, whatever those are (inference
+    tensors as on Forge, another dtype, another device); the host's hooks, which move weights about, are left out. The host's module
+    is not touched. Weights are copied one by one: no second copy in the host's dtype comes to be.
+    """
+    memo: dict[int, Any] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for part in module.modules():
+            for parameter in part._parameters.values():
+                if parameter is not None and id(parameter) not in memo:
+                    memo[id(parameter)] = nn.Parameter(_fresh(parameter, dtype, device), requires_grad=False)
+            for buffer in part._buffers.values():
+                if buffer is not None and id(buffer) not in memo:
+                    memo[id(buffer)] = _fresh(buffer, dtype, device)
+            for name in _HOOKS:
+                memo[id(vars(part)[name])] = OrderedDict()
+            # accelerate's offloading replaces forward by one that moves the weights (accelerate hooks.py, add_hook_to_module).
+            if "_hf_hook" in vars(part):
+                memo[id(vars(part)["_hf_hook"])] = OrderedDict()
+        twin = copy.deepcopy(module, memo)
+        for part in twin.modules():
+            if "_hf_hook" in vars(part):
+                for name in ("_hf_hook", "_old_forward", "forward"):
+                    vars(part).pop(name, None)
+    return twin.eval()
+
+
+def _fresh(values: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A new tensor with these values; whole numbers and masks keep their dtype."""
+    kind = dtype if values.is_floating_point() else values.dtype
+    return torch.empty(values.shape, dtype=kind, device=device).copy_(values.detach())
+
+
+__all__ = ["SMALL_PIXELS", "LatentDecoder", "VaeDecoder", "private_copy"]
