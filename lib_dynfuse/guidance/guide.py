@@ -117,7 +117,7 @@ class Guide:
                 try:
                     through = _pulled_back(gradient, denoised, x)
                 except (RuntimeError, MemoryError) as error:
-                    if not _is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     reason = "memory ran out on the way back through the denoiser"
             if through is None:
@@ -164,7 +164,7 @@ class Guide:
             try:
                 return self._decoded_gradient(self._decoders[0], denoised, level)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             # Not in the except clause: the exception's frames hold on to the memory that ran out.
             _free_memory(denoised.device)
@@ -261,7 +261,8 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that a device's or the machine's memory did not suffice."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     text = str(error).lower()
@@ -273,4 +274,4 @@ def _free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-__all__ = ["GuidanceRecord", "Guide"]
+__all__ = ["GuidanceRecord", "Guide", "is_out_of_memory"]
