@@ -23,7 +23,7 @@ from torch import Tensor
 
 Kind = Literal["vp", "flow"]
 
-# The number of steps that the paper's m is meant for (its section 5: 50 steps).
+# The number of steps that the paper's m is meant for (its Fig. 5).
 PAPER_STEPS = 50
 
 # Two neighbouring levels of a long schedule, or a level just below which the next one lies, would make the divisor vanish.

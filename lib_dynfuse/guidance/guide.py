@@ -247,8 +247,8 @@ def _power_of_two(gradient: Tensor) -> Tensor:
     """Per image, (B, 1, 1, 1), the power of two that brings the largest element into [1/2, 1); 1 for none, infinity and NaN."""
     largest = gradient.detach().flatten(1).abs().amax(1)
     usable = torch.isfinite(largest) & (largest > 0)
-    exponent = torch.frexp(torch.where(usable, largest, torch.full_like(largest, 0.5))).exponent.clamp(-100, 100)
-    return torch.ldexp(torch.ones_like(largest), -exponent).reshape(-1, *[1] * (gradient.dim() - 1))
+    exponent = torch.log2(torch.where(usable, largest, torch.full_like(largest, 0.5))).floor().add(1).clamp(-100, 100)
+    return torch.exp2(-exponent).reshape(-1, *[1] * (gradient.dim() - 1))
 
 
 def _finite(gradient: Tensor) -> tuple[Tensor, Tensor]:
