@@ -221,6 +221,11 @@ def _find_layers(
         norms.append(norms_by_layer(file, aliases))
         report.unmatched[file.name] = unmatched
     strengths = (settings.subject_weight, settings.style_weight)
+    if settings.method == "direct":
+        # A LoRA at strength 0 adds nothing and need not be computed: a reference of the guidance is one LoRA alone. With a choice to be
+        # made it counts: the other LoRA wins every layer against it.
+        branches = [found if strength else {} for found, strength in zip(branches, strengths)]
+        norms = [found if strength else {} for found, strength in zip(norms, strengths)]
     order = {name: position for position, name in enumerate(modules)}
     by_layer: dict[str, list[FusedSite]] = {}
     touched = sorted(branches[0].keys() | branches[1].keys(), key=lambda s: (order[s.layer], s.part.start if s.part else 0))

@@ -180,7 +180,7 @@ class ReferenceCache:
         for path, size, used in self._files():
             try:
                 with Image.open(path) as image:
-                    about = json.loads(image.text[_CHUNK])  # type: ignore[attr-defined]
+                    about = json.loads(image.text[_CHUNK])
                 found.append(Entry(path, str(about["side"]), str(about["prompt"]), size, used))
             except _DAMAGED:
                 continue
@@ -286,7 +286,7 @@ def _read(path: Path) -> tuple[Image.Image, dict[str, Any]]:
     """An entry that checks out. Raises FileNotFoundError or one of _DAMAGED."""
     with Image.open(path) as image:
         image.load()
-        about = json.loads(image.text[_CHUNK])  # type: ignore[attr-defined]
+        about = json.loads(image.text[_CHUNK])
         picture = image.convert("RGB")
     if about.pop("sum") != _checksum(picture, about):
         raise ValueError("the entry was changed")

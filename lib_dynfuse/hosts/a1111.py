@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion import Rows
+from ..guidance.correction import Kind
 from ..lora.branch import Branch, Dense, LowRank, bound
 from .base import WebUIHost, refuse_replaced_denoiser
 from .fusion_pass import RowLayout
+from .guided_pass import HostVae
 from .text_parts import TextParts
 
 
@@ -50,6 +53,72 @@ class A1111(WebUIHost):
     def reserve_memory(self, p: Any, elements: int) -> None:
         """A1111 keeps no account of the device's memory."""
 
+    def reserve_guidance_memory(self, p: Any, bytes_: int) -> None:
+        """As reserve_memory."""
+
+    def noise_levels(self, cfg_denoiser: Any, values: Tensor) -> Tensor:
+        if not self.works_on_eps(cfg_denoiser):
+            return values
+        # Timesteps; UniPC's lie between whole ones.
+        alphas = cfg_denoiser.alphas.to(values.device, torch.float64)
+        levels = ((1.0 - alphas) / alphas).sqrt().log()
+        at = values.to(torch.float64).clamp(0, len(levels) - 1)
+        below = at.floor().long()
+        above = (below + 1).clamp(max=len(levels) - 1)
+        return torch.lerp(levels[below], levels[above], at - below).exp()
+
+    def works_on_eps(self, cfg_denoiser: Any) -> bool:
+        # Only the denoiser of DDIM, PLMS and UniPC has a table of alphas (sd_samplers_timesteps.py:48).
+        return hasattr(cfg_denoiser, "alphas")
+
+    def denoised(self, cfg_denoiser: Any, x: Tensor, s: float, prediction: Tensor) -> Tensor:
+        mask = getattr(cfg_denoiser, "mask", None)
+        if mask is not None and self.works_on_eps(cfg_denoiser):
+            # These put the kept part of the picture in before they denoise (sd_samplers_cfg_denoiser.py:187).
+            x = x * cfg_denoiser.nmask + cfg_denoiser.init_latent * mask
+        return super().denoised(cfg_denoiser, x, s, prediction)
+
+    def schedule_kind(self, cfg_denoiser: Any) -> Kind:
+        from modules import shared
+
+        # SD3's models have a schedule of their own kind (models/sd3/sd3_impls.py:24).
+        return "flow" if getattr(shared.sd_model, "is_sd3", False) else "vp"
+
+    def host_vae(self, cfg_denoiser: Any) -> HostVae:
+        from modules import sd_vae, shared
+
+        model = shared.sd_model
+        vae = model.first_stage_model
+        identity = (id(vae), model.sd_checkpoint_info.filename, sd_vae.loaded_vae_file)
+        # decode_first_stage takes no gradients (ldm ddpm.py:817).
+        return HostVae(DecoderHalf(vae), float(model.scale_factor), 0.0, next(vae.decoder.parameters()).dtype, identity)
+
+    def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
+        from modules import sd_vae_taesd
+
+        return ZeroToOne(sd_vae_taesd.decoder_model())
+
+    @contextlib.contextmanager
+    def differentiable(self, cfg_denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        from modules import shared
+
+        # The Lora extension merges in place and lazily, in the first forward that it sees (networks.py:383).
+        shared.sd_model.model.requires_grad_(False)
+        latent = args[0] if args else kwargs["x"]
+        with torch.enable_grad():
+            leaf = latent.detach().clone().requires_grad_()
+            try:
+                yield ((leaf, *args[1:]), kwargs) if args else ((), {**kwargs, "x": leaf})
+            finally:
+                # What the previews show would hold on to the whole graph.
+                sampler = cfg_denoiser.sampler
+                if isinstance(sampler.last_latent, Tensor):
+                    sampler.last_latent = sampler.last_latent.detach()
+                if isinstance(shared.state.current_latent, Tensor):
+                    shared.state.current_latent = shared.state.current_latent.detach()
+                if isinstance(getattr(cfg_denoiser, "last_noise_uncond", None), Tensor):
+                    cfg_denoiser.last_noise_uncond = cfg_denoiser.last_noise_uncond.detach()
+
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         return CondFirst([len(prompts) for prompts in cond.batch])
 
@@ -71,6 +140,29 @@ class A1111(WebUIHost):
 
         # In place: the other parts of the Lora extension hold the same list.
         networks.loaded_networks[:] = [net for net in networks.loaded_networks if not getattr(net, "is_dynfuse", False)]
+
+
+class DecoderHalf(nn.Module):
+    """The half of an autoencoder that makes pictures: VAE units -> (B, 3, H, W) in about [-1, 1] (ldm autoencoder.py:83)."""
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
+        self.decoder = vae.decoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
+
+
+class ZeroToOne(nn.Module):
+    """TAESD, whose pictures lie in [0, 1] (sd_samplers_common.py:53)."""
+
+    def __init__(self, decoder: nn.Module):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent) * 2.0 - 1.0
 
 
 class CondFirst:

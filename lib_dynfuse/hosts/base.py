@@ -1,11 +1,13 @@
 """What DynFuse asks of a WebUI, and what all of them have in common.
 
-Five functions of the WebUI are wrapped (Seams); together they are one job's life:
+Seven functions of the WebUI are wrapped (Seams); together they are one job's life:
 
     processing.process_images_inner     a job: whatever happens inside, its end takes back what is ours
-    extra_networks.activate             the tags of a batch's prompt: which pair is fused in the pass that begins
+    extra_networks.activate             the tags of a batch's prompt: which pair is fused in the pass that begins, towards which references
     networks.load_networks              the pair is taken out of what is merged; its text-encoder parts are merged instead
-    CFGDenoiser.forward                 one denoiser step, fused
+    KDiffusionSampler.get_sigmas,       the noise levels of the pass
+    CompVisSampler.get_timesteps
+    CFGDenoiser.forward                 one denoiser step, fused and guided
     sd_samplers_common.apply_refiner    inside it, the refiner may replace the model
 
 A host's callbacks swallow exceptions, and an image would come out as if nothing had happened; so what must stop an image is
@@ -15,20 +17,37 @@ kept as a sentence and raised in CFGDenoiser.forward, from where it reaches the 
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..fusion import FusionError
+from ..guidance.correction import Kind
+from ..guidance.encoders import Encoders, load_encoders
+from ..guidance.references import ReferenceCache
+from ..guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderSources
 from ..lora import LoraFile, compatible
 from ..lora.branch import LoraError, applied_size
 from ..settings import FuseSettings, SettingsError
 from .fusion_pass import FusionJob, FusionPass, Request, RowLayout
+from .guided_pass import GuidedPass, HostVae, memory_needed, wants_guidance
 from .lora_files import FileVersion, LoraFiles
+from .reference_maker import (
+    BaseIdentity,
+    Interrupted,
+    ReferenceFailed,
+    ReferenceMaker,
+    activation_text,
+    file_identity,
+    other_tags,
+)
 from .text_parts import TextParts, text_parts
 from .webui_patches import Seams
 
@@ -37,6 +56,8 @@ log = logging.getLogger(__name__)
 TAG = "dynfuse"
 NOTE = "DynFuse note"
 PREVIEW_ENDINGS = tuple(f"{middle}.{kind}" for kind in ("png", "jpg", "jpeg", "webp", "gif") for middle in ("", ".preview"))
+
+MEBIBYTE = 1 << 20
 
 # The items of every <dynfuse:...> tag of a prompt -> the settings they ask for, None without a tag. Raises SettingsError.
 ParseTags = Callable[[Sequence[Sequence[str]]], FuseSettings | None]
@@ -94,6 +115,11 @@ class WebUIHost(ABC):
         stem = os.path.splitext(path)[0]
         return next((stem + ending for ending in PREVIEW_ENDINGS if os.path.isfile(stem + ending)), None)
 
+    def activation_text(self, name: str) -> str | None:
+        """What the WebUI keeps as a LoRA's activation text; None if there is none."""
+        path = self.lora_path(name)
+        return activation_text(path) if path is not None else None
+
     def _entry(self, name: str) -> Any:
         """The WebUI's record of a LoRA. Looks names up as networks.load_networks does."""
         networks = _networks()
@@ -102,17 +128,44 @@ class WebUIHost(ABC):
             return networks.available_networks.get(name)
         return networks.available_network_aliases.get(name) or networks.available_networks.get(name)
 
+    # What the guidance keeps on disk. The options are registered by webui/options.py.
+
+    @property
+    def data_folder(self) -> Path:
+        """Where encoders and references are kept: models/dynfuse."""
+        from modules import paths_internal
+
+        return Path(paths_internal.models_path, "dynfuse")
+
+    @property
+    def reference_cache(self) -> ReferenceCache:
+        """The references of earlier jobs, and the pictures that the user gave."""
+        return ReferenceCache(self.data_folder / "references", int(_option("dynfuse_reference_cache_mb", 256)) * MEBIBYTE)
+
+    def encoder_sources(self) -> EncoderSources:
+        """Which encoders the user wants, and where they lie."""
+        return EncoderSources(
+            Path(_option("dynfuse_encoders_folder", "") or self.data_folder),
+            str(_option("dynfuse_clip_model", "") or CLIP_DEFAULT).strip(),
+            str(_option("dynfuse_dino_model", "") or DINO_DEFAULT).strip(),
+            bool(_option("dynfuse_download_encoders", True)),
+        )
+
     # Installing.
 
     def install(self, parse_tags: ParseTags) -> None:
         """Wrap the WebUI's functions. May be called again at any time, with another parser."""
         from modules import extra_networks, processing, sd_samplers_common
         from modules.sd_samplers_cfg_denoiser import CFGDenoiser
+        from modules.sd_samplers_kdiffusion import KDiffusionSampler
+        from modules.sd_samplers_timesteps import CompVisSampler
 
         self._parse_tags = parse_tags
         self._seams.wrap(processing, "process_images_inner", self._around_job)
         self._seams.wrap(extra_networks, "activate", self._around_activate)
         self._seams.wrap(_networks(), "load_networks", self._around_load_networks)
+        self._seams.wrap(KDiffusionSampler, "get_sigmas", self._around_schedule)
+        self._seams.wrap(CompVisSampler, "get_timesteps", self._around_schedule)
         self._seams.wrap(CFGDenoiser, "forward", self._around_denoiser)
         self._seams.wrap(sd_samplers_common, "apply_refiner", self._around_refiner)
 
@@ -174,19 +227,19 @@ class WebUIHost(ABC):
         job = FusionJob.of(p)
         # Forge activates the tags again when the refiner takes over in the middle of a pass; A1111 does not.
         if job is None or job.current is None or not job.current.denoising:
-            self._begin_pass(p, [list(params.items) for params in (data or {}).get(TAG, [])])
+            self._begin_pass(p, data or {})
         return original(p, data, *args, **kwargs)
 
-    def _begin_pass(self, p: Any, tags: list[list[str]]) -> None:
+    def _begin_pass(self, p: Any, data: Mapping[str, Sequence[Any]]) -> None:
         """Every activation replaces whatever was asked for before; nothing of it is left, even if its job died."""
         self._active = None
         self.remove_text_parts()
-        job = FusionJob.of(p)
-        new = self._requested(p, tags)
-        if job is None:
-            if new is None:
-                return
-            job = p.dynfuse = FusionJob(p)
+        known = FusionJob.of(p)
+        job = known or FusionJob(p)
+        new = self._requested(p, data, job)
+        if known is None and new is None:
+            return
+        p.dynfuse = job
         job.over = False
         job.begin(new)
         self._active = new
@@ -198,15 +251,19 @@ class WebUIHost(ABC):
             _forget_conditionings(p)
             self._text_label = label
 
-    def _requested(self, p: Any, tags: list[list[str]]) -> FusionPass | None:
+    def _requested(self, p: Any, data: Mapping[str, Sequence[Any]], job: FusionJob) -> FusionPass | None:
         """The pass that the tags ask for: None without a tag, one with an error sentence if it cannot be done."""
         new = FusionPass(self, hires=bool(getattr(p, "is_hr_pass", False)), batch=getattr(p, "iteration", 0))
         try:
-            new.settings = self._parse_tags(tags)
+            # A reference's job says itself what it is.
+            own = getattr(p, "dynfuse_settings", None)
+            new.settings = own or self._parse_tags([list(params.items) for params in data.get(TAG, [])])
             if new.settings is None:
                 return None
             new.request = self._read_pair(new.settings)
-        except (SettingsError, LoraError, UnknownLora, FusionError) as reason:
+            if wants_guidance(new.settings):
+                new.guidance = self._guidance(p, data, new, job)
+        except (SettingsError, LoraError, UnknownLora, FusionError, EncoderError, ReferenceFailed) as reason:
             new.error = f"DynFuse: {reason}"
         except Exception as reason:
             log.exception("DynFuse could not prepare the fusion")
@@ -216,6 +273,42 @@ class WebUIHost(ABC):
                 for note in _unused(file):
                     new.note(note)
         return new
+
+    def _guidance(self, p: Any, data: Mapping[str, Sequence[Any]], new: FusionPass, job: FusionJob) -> GuidedPass | None:
+        """The guidance of a pass, with its references at hand. Raises EncoderError, SettingsError or ReferenceFailed."""
+        assert new.settings is not None
+        assert new.request is not None
+        try:
+            job.encoders = encoders = load_encoders(self.encoder_sources(), _loading_progress)
+            references = job.references_for(new) or self._reference_maker(p, data, new.request, encoders).references()
+        except EncoderError as reason:
+            if _option("dynfuse_without_encoders", "stop") != "go on":
+                raise
+            new.note(f"The picture was not guided. {reason}")
+            return None
+        except Interrupted:
+            return None  # the job itself stops at its first step
+        return GuidedPass(self, new.settings, encoders, references, job.decoders)
+
+    def _reference_maker(self, p: Any, data: Mapping[str, Sequence[Any]], request: Request, encoders: Encoders) -> ReferenceMaker:
+        settings = request.settings
+        names = {"subject": settings.subject, "style": settings.style}
+        versions = dict(zip(names, request.versions))
+        tags = other_tags(data, TAG, lambda name: self._is_claimed(name, request.paths))
+        return ReferenceMaker(
+            p,
+            settings,
+            encoders,
+            self.reference_cache,
+            self.base_identity(p),
+            hashes={side: self.lora_hash(name) or file_identity(versions[side].path) for side, name in names.items()},
+            activation_texts={side: self.activation_text(name) for side, name in names.items()},
+            tags=" ".join(f"<{kind}:{':'.join(items)}>" for kind, items in tags),
+            tags_identity="; ".join(
+                f"{kind}:{':'.join(items)} ({file_identity(self.lora_path(items[0])) if items else ''})" for kind, items in tags
+            ),
+            more=self.reference_arguments(p),
+        )
 
     def _read_pair(self, settings: FuseSettings) -> Request:
         paths = [self._known_path(name) for name in (settings.subject, settings.style)]
@@ -293,8 +386,14 @@ class WebUIHost(ABC):
         job = FusionJob.of(cfg_denoiser.p)
         if job is None or job.current is None:
             return original(cfg_denoiser, *args, **kwargs)
-        cond = kwargs["cond"] if "cond" in kwargs else args[3]  # forward(self, x, sigma, uncond, cond, ...)
-        return job.current.denoise(cfg_denoiser, cond, lambda: original(cfg_denoiser, *args, **kwargs))
+        return job.current.denoise(cfg_denoiser, functools.partial(original, cfg_denoiser), args, kwargs)
+
+    def _around_schedule(self, original: Callable[..., Any], sampler: Any, p: Any, *args: Any, **kwargs: Any) -> Any:
+        levels = original(sampler, p, *args, **kwargs)
+        job = FusionJob.of(p)
+        if job is not None and job.current is not None and job.current.guidance is not None:
+            job.current.guidance.levels = levels
+        return levels
 
     def _around_refiner(self, original: Callable[..., Any], cfg_denoiser: Any, *args: Any, **kwargs: Any) -> Any:
         job = FusionJob.of(cfg_denoiser.p)
@@ -308,12 +407,68 @@ class WebUIHost(ABC):
         if job is not None and job.current is not None and job.current.request is not None:
             files = (job.current.request.subject, job.current.request.style)
             self.reserve_memory(p, sum(applied_size(branch) for file in files for branch in file.denoiser.values()))
+            guidance = job.current.guidance
+            if guidance is not None and guidance.encoders is not None:
+                size = (p.hr_upscale_to_x, p.hr_upscale_to_y) if job.current.hires else (p.width, p.height)
+                self.reserve_guidance_memory(p, memory_needed(guidance.settings, guidance.encoders, *size, p.batch_size))
+
+    # What a guided pass asks (see guided_pass.Guided), as far as the hosts agree.
+
+    def denoised(self, cfg_denoiser: Any, x: Tensor, s: float, prediction: Tensor) -> Tensor:
+        """See Guided."""
+        if not self.works_on_eps(cfg_denoiser):
+            return prediction
+        return x * (1.0 + s**2) ** 0.5 - s * prediction
+
+    def rectified_ancestral(self, cfg_denoiser: Any) -> bool:
+        """See Guided."""
+        return False
+
+    def reference_arguments(self, p: Any) -> dict[str, Any]:
+        """Arguments of a reference's job, StableDiffusionProcessingTxt2Img, that only this WebUI has."""
+        return {}
+
+    def base_identity(self, p: Any) -> BaseIdentity:
+        """What tells the checkpoint and the VAE apart from others."""
+        from modules import sd_vae, shared
+
+        info = shared.sd_model.sd_checkpoint_info
+        vae = getattr(sd_vae, "loaded_vae_file", None)
+        return BaseIdentity(getattr(info, "sha256", None) or file_identity(info.filename), file_identity(vae))
 
     # What differs between the hosts.
 
     @abstractmethod
     def reserve_memory(self, p: Any, elements: int) -> None:
         """Tell the host that this many numbers of the denoiser's type will come beside the model, where it keeps account of that."""
+
+    @abstractmethod
+    def reserve_guidance_memory(self, p: Any, bytes_: int) -> None:
+        """The same for what a guided step takes."""
+
+    @abstractmethod
+    def noise_levels(self, cfg_denoiser: Any, values: Tensor) -> Tensor:
+        """See Guided."""
+
+    @abstractmethod
+    def works_on_eps(self, cfg_denoiser: Any) -> bool:
+        """See Guided."""
+
+    @abstractmethod
+    def schedule_kind(self, cfg_denoiser: Any) -> Kind:
+        """See Guided."""
+
+    @abstractmethod
+    def host_vae(self, cfg_denoiser: Any) -> HostVae:
+        """See Guided."""
+
+    @abstractmethod
+    def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
+        """See Guided."""
+
+    @abstractmethod
+    def differentiable(self, cfg_denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """See Guided."""
 
     @abstractmethod
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
@@ -357,6 +512,21 @@ def _networks() -> Any:
     import networks
 
     return networks
+
+
+def _option(name: str, default: Any) -> Any:
+    from modules.shared import opts
+
+    return getattr(opts, name, default)
+
+
+def _loading_progress(what: str, done: int, total: int) -> None:
+    """Shows a download in the WebUI's progress bar; the console's is tqdm's. Raises Interrupted when the user stops the job."""
+    from modules.shared import state
+
+    if state.interrupted or state.skipped:
+        raise Interrupted
+    state.textinfo = f"DynFuse: {what} ({done // MEBIBYTE} of {total // MEBIBYTE} MB)" if done < total else None
 
 
 def _unused(file: LoraFile) -> list[str]:

@@ -16,8 +16,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..fusion import FusionError, FusionSession, Report, Rows, Trace
+from ..guidance.encoders import Encoders
+from ..guidance.references import Reference
 from ..lora import LoraFile
 from ..settings import FuseSettings
+from .guided_pass import Decoders, GuidedPass, sides_needed
 from .lora_files import FileVersion
 from .text_parts import TextParts
 
@@ -63,13 +66,15 @@ class FusionPass:
     """One pass.
 
     settings: what was asked for; None if it could not be understood. request: the same with the LoRAs, until the job is over.
-    error: the sentence that stops the image, instead of a request. batch: number of the batch in the job, from 0.
+    error: the sentence that stops the image, instead of a request. guidance: None where none is wanted, or could be had. batch: number
+    of the batch in the job, from 0.
     """
 
     denoisers: Denoisers
     settings: FuseSettings | None = None
     request: Request | None = None
     error: str | None = None
+    guidance: GuidedPass | None = None
     hires: bool = False
     batch: int = 0
     denoising: bool = field(default=False, init=False)
@@ -98,27 +103,41 @@ class FusionPass:
     def notes(self) -> list[str]:
         """Sentences that the user should see. Asks the device: call it when the pass is over."""
         session = self._session.notes() if self._session is not None else []
-        return list(dict.fromkeys([*self._notes, *session]))
+        guidance = self.guidance.notes if self.guidance is not None else []
+        return list(dict.fromkeys([*self._notes, *session, *guidance]))
 
     def note(self, sentence: str) -> None:
         """Add a sentence that the user should see."""
         self._notes.append(sentence)
 
-    def denoise(self, cfg_denoiser: Any, cond: Any, step: Callable[[], Any]) -> Any:
-        """Run one CFGDenoiser.forward fused. Raises RuntimeError with one sentence where the pass cannot be fused."""
+    def denoise(self, cfg_denoiser: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one CFGDenoiser.forward, call(*args, **kwargs), fused and guided.
+
+        Raises RuntimeError with one sentence where the pass cannot be fused.
+        """
         if self.error is not None:
             raise RuntimeError(self.error)
+        cond = kwargs["cond"] if "cond" in kwargs else args[3]  # forward(self, x, sigma, uncond, cond, ...)
+
+        def attach_again() -> None:
+            self._hook.close()
+            self._attach(cfg_denoiser, cond)
+
         self.denoising = True
         try:
             with self._hook:
                 self._attach(cfg_denoiser, cond)
-                return step()
+                if self.guidance is None:
+                    return call(*args, **kwargs)
+                return self.guidance.denoise(cfg_denoiser, call, args, kwargs, attach_again)
         finally:
             self.denoising = False
 
     def switch_model(self, cfg_denoiser: Any, switch: Callable[[], bool]) -> bool:
         """Let the host's refiner take over (or not) inside a denoiser call, and follow it to its model."""
         switched = switch()
+        if switched and self.guidance is not None:
+            self.guidance.stop("The refiner's steps were not guided.")
         if switched and self.denoising:
             self._hook.close()
             # The refiner brought its own conditionings; the argument of the running call is the old model's.
@@ -127,6 +146,11 @@ class FusionPass:
 
     def finish(self) -> None:
         """The pass is over: keep the record. The session stays for a pass to come, until succeed or release."""
+        if self.guidance is not None:
+            self.guidance.finish()
+        self._finish_session()
+
+    def _finish_session(self) -> None:
         session, self._session, self._identity = self._session, None, None
         if session is None:
             return
@@ -159,7 +183,7 @@ class FusionPass:
         if identity == self._identity:
             return self._session
         refiner = self._identity is not None
-        self.finish()
+        self._finish_session()
         if refiner:
             self.release()
         try:
@@ -217,6 +241,8 @@ class FusionJob:
         self._owner = weakref.ref(p)
         self.passes: list[FusionPass] = []
         self.over = False
+        self.decoders = Decoders()
+        self.encoders: Encoders | None = None
 
     @classmethod
     def of(cls, p: Any) -> FusionJob | None:
@@ -259,13 +285,35 @@ class FusionJob:
         self.finish_current()
         if self._current is not None:
             self._current.release()
+        self.decoders.release()
+        if self.encoders is not None:
+            self.encoders.to("cpu")
         self.over = True
         for done in self.passes:
             done.request = None
 
+    def references_for(self, new: FusionPass) -> list[Reference] | None:
+        """Those of an earlier pass of the same batch that asks for the same ones: a hires pass has its first pass's."""
+        assert new.settings is not None
+        for done in reversed(self.passes):
+            if done.guidance is not None and done.batch == new.batch and _same_references(done.guidance.settings, new.settings):
+                return done.guidance.references
+        return None
+
     def notes(self) -> list[str]:
         """The sentences of all passes of this batch, each once."""
         return list(dict.fromkeys(note for p in self.passes for note in p.notes))
+
+
+_REFERENCE_FIELDS = (
+    *("subject", "style", "subject_weight", "style_weight", "te_weight"),
+    *("subject_prompt", "style_prompt", "subject_image", "style_image", "reference_seed"),
+)
+
+
+def _same_references(one: FuseSettings, other: FuseSettings) -> bool:
+    same = all(getattr(one, name) == getattr(other, name) for name in _REFERENCE_FIELDS)
+    return same and sides_needed(one) == sides_needed(other)
 
 
 __all__ = ["Denoisers", "FusionJob", "FusionPass", "Request", "RowLayout", "fused_calls"]
