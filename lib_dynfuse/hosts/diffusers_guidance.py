@@ -162,7 +162,7 @@ def guidance_decoders(pipeline: Any, choice: str, taesd: nn.Module | None) -> li
     """The decoder of FuseSettings.decoder, and smaller ones to go on with when memory runs out. Raises NoDecoderError."""
     if choice == "taesd" and taesd is None:
         raise NoDecoderError("The decoder taesd is not part of a pipeline: name a folder with one (--taesd), or use vae-small.")
-    vae = pipeline.vae if choice != "taesd" else taesd
+    vae: Any = pipeline.vae if choice != "taesd" else taesd
     network, dtype = _differentiable_decoder(vae, pipeline._execution_device)
     sizes: dict[str, dict[str, int | None]] = {
         "vae": {"vae": None, "vae-small": SMALL_PIXELS},

@@ -21,7 +21,7 @@ _LEAST_SIGNAL = 2.0**-24
 # Schedulers by the table they look their levels up in, and the coordinates of the sample that step() takes.
 _BY_TIMESTEP = ("DDIMScheduler", "PNDMScheduler", "LCMScheduler")
 _BY_INDEX_VP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
-_BY_INDEX_VE = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
+_BY_INDEX_VE = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _FLOW = ("FlowMatchEulerDiscreteScheduler",)
 SCHEDULERS = (*_BY_TIMESTEP, *_BY_INDEX_VP, *_BY_INDEX_VE, *_FLOW)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -121,7 +121,7 @@ class SchedulerSteps:
     def _index(self, timestep: Any) -> int:
         if self.scheduler.step_index is None:
             self.scheduler._init_step_index(timestep)  # as step() itself begins
-        return self.scheduler.step_index
+        return int(self.scheduler.step_index)
 
 
 def packed(latent: Tensor) -> Tensor:
