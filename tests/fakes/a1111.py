@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .models import TextEncoder, UNet
-from .webui import FakeWebUI
+from .webui import SCALE, FakeWebUI, decoder
 
 
 class Network:
@@ -61,7 +61,9 @@ class FakeA1111(FakeWebUI):
         """A model as modules.sd_models loads it."""
         unet = UNet(seed, self.linear, self.convolution, **kwargs)
         model = types.SimpleNamespace(
-            model=types.SimpleNamespace(diffusion_model=unet),
+            model=Wrapped(unet),
+            first_stage_model=types.SimpleNamespace(post_quant_conv=nn.Identity(), decoder=decoder()),
+            scale_factor=SCALE,
             cond_stage_model=TextEncoder(self.linear),
             sd_checkpoint_info=types.SimpleNamespace(filename=filename),
         )
@@ -107,6 +109,14 @@ class FakeA1111(FakeWebUI):
 
     def denoiser_class(self):
         return CFGDenoiser
+
+
+class Wrapped(nn.Module):
+    """ldm's DiffusionWrapper."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.diffusion_model = unet
 
 
 def name_layers(model):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 
 from .models import embedded
 
@@ -82,6 +83,26 @@ class Processing:
     iteration: int = 0
     cached_c: list[Any] = field(default_factory=lambda: [None, None])
     cached_uc: list[Any] = field(default_factory=lambda: [None, None])
+    sampler_name: str = "Euler"
+    scheduler: str = "Automatic"
+    width: int = 32
+    height: int = 32
+    hr_upscale_to_x: int = 64
+    hr_upscale_to_y: int = 64
+    tiling: bool = False
+    eta: float | None = None
+    s_churn: float | None = None
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    s_noise: float | None = None
+    outpath_samples: str = ""
+    outpath_grids: str = ""
+    sd_model: Any = None
+    mask: Any = None
+    nmask: Any = None
+    all_prompts: list[str] | None = None
+    all_negative_prompts: list[str] | None = None
+    all_seeds: list[int] | None = None
 
     def comment(self, text):
         self.comments[text] = 1
@@ -91,6 +112,37 @@ class Processing:
         with contextlib.suppress(Exception):
             if name in self.callbacks:
                 self.callbacks[name](self, *args)
+
+
+class StableDiffusionProcessingTxt2Img(Processing):
+    """A job that another job starts; its images are pictures, as process_images gives them."""
+
+    def __init__(self, *, sd_model, styles, subseed, subseed_strength, restore_faces, override_settings, **settings):
+        assert settings.pop("do_not_save_samples")
+        assert settings.pop("do_not_save_grid")
+        assert settings.pop("do_not_reload_embeddings")
+        super().__init__(sd_model=sd_model, **settings)
+
+    def close(self): ...
+
+
+class KDiffusionSampler:
+    """modules/sd_samplers_kdiffusion.py."""
+
+    def __init__(self, p, sample):
+        self.p, self.func, self.eta = p, sample, 1.0
+        self.last_latent = None
+        self.sampler_extra_args = {"cond": p.cond, "uncond": p.uncond}
+
+    def get_sigmas(self, p, steps):
+        return torch.tensor([float(steps - step) for step in range(steps)] + [0.0])
+
+
+class CompVisSampler:
+    """modules/sd_samplers_timesteps.py."""
+
+    def get_timesteps(self, p, steps):
+        raise AssertionError
 
 
 @dataclass
@@ -109,15 +161,36 @@ class FakeWebUI:
     def __init__(self, files, aliases=None):
         self.files, self.aliases = dict(files), dict(aliases or {})
         self.activations = 0
+        self.jobs = 0
         self.interrupt_at = None
+        self.interrupt_job = 1
         self.modules = {}
-        shared = self.module("modules.shared", opts=types.SimpleNamespace(lora_functional=False, batch_cond_uncond=True), sd_model=None)
+        shared = self.module(
+            "modules.shared",
+            opts=types.SimpleNamespace(lora_functional=False, batch_cond_uncond=True),
+            sd_model=None,
+            state=types.SimpleNamespace(
+                **{"interrupted": False, "skipped": False, "job": "", "textinfo": None, "job_count": -1, "job_no": 0},
+                **{"sampling_steps": 0, "current_latent": None},
+            ),
+            total_tqdm=types.SimpleNamespace(_tqdm=None),
+        )
+        self.state = shared.state
+        self.module("modules.paths_internal", models_path="unset")
+        self.module("modules.sd_vae", loaded_vae_file=None)
+        self.module("modules.sd_vae_taesd", decoder_model=self.taesd)
+        self.module("modules.sd_samplers_kdiffusion", KDiffusionSampler=KDiffusionSampler)
+        self.module("modules.sd_samplers_timesteps", CompVisSampler=CompVisSampler)
         self.module("modules.sd_unet", current_unet=None)
         self.module("modules.sd_models", model_data=types.SimpleNamespace(get_sd_model=lambda: shared.sd_model))
         self.module("modules.sd_samplers_common", apply_refiner=self.apply_refiner, InterruptedException=InterruptedException)
         self.module("modules.sd_samplers_cfg_denoiser", CFGDenoiser=self.denoiser_class())
-        self.module("modules.extra_networks", activate=self.activate, deactivate=lambda p, data: None)
-        self.module("modules.processing", process_images_inner=self.process_images_inner)
+        self.module("modules.extra_networks", activate=self.activate, parse_prompt=self.parse_prompt)
+        self.module(
+            "modules.processing",
+            process_images_inner=self.process_images_inner,
+            StableDiffusionProcessingTxt2Img=StableDiffusionProcessingTxt2Img,
+        )
         self.module(
             "networks",
             load_networks=self.load_networks,
@@ -191,9 +264,15 @@ class FakeWebUI:
 
     def process(self, p):
         p.hook("before_process")
+        self.state.interrupted = self.state.skipped = False
+        self.state.job_count = p.n_iter
         return self.modules["modules.processing"].process_images_inner(p)
 
     def process_images_inner(self, p):
+        self.jobs += 1
+        count = p.n_iter * p.batch_size
+        p.all_prompts, p.all_negative_prompts = [p.prompt] * count, [p.negative_prompt] * count
+        p.all_seeds = [p.seed + i for i in range(count)]
         p.hook("process")
         images = []
         infotext = {}
@@ -218,7 +297,11 @@ class FakeWebUI:
                 p.hook("postprocess_batch")
                 images.append(latents)
                 infotext = {k: v(**{}) if callable(v) else v for k, v in p.extra_generation_params.items()}
-        result = Processed(torch.cat(images), infotext, "".join(f"{c}\n" for c in p.comments), p)
+        images = torch.cat(images)
+        if isinstance(p, StableDiffusionProcessingTxt2Img):
+            images = [self.picture(latent) for latent in images]
+        self.state.job_no += 1
+        result = Processed(images, infotext, "".join(f"{c}\n" for c in p.comments), p)
         p.hook("postprocess", result)
         return result
 
@@ -246,20 +329,25 @@ class FakeWebUI:
         return p.cached_c[1], p.cached_uc[1]
 
     def sample(self, p, x):
-        sampler = types.SimpleNamespace(sampler_extra_args={"cond": p.cond, "uncond": p.uncond})
+        job = self.jobs
+        sampler = self.modules["modules.sd_samplers_kdiffusion"].KDiffusionSampler(p, sample_euler)
         denoiser = self.modules["modules.sd_samplers_cfg_denoiser"].CFGDenoiser(self, sampler, p)
+        denoiser.mask, denoiser.nmask = p.mask, p.nmask
         p.hook("process_before_every_sampling")
         self.before_sampling(p)
+        sigmas = sampler.get_sigmas(p, p.steps)
         try:
             for step in range(p.steps):
-                if self.interrupt_at == step:
+                if self.interrupt_at == step and job == self.interrupt_job:
+                    self.state.interrupted = True
+                if self.state.interrupted:
                     raise InterruptedException
-                sigma = torch.full((x.shape[0],), float(p.steps - step))
+                sigma = sigmas[step].expand(x.shape[0])
                 extra = sampler.sampler_extra_args
                 denoised = denoiser(
                     x, sigma, cond=extra["cond"], uncond=extra["uncond"], cond_scale=p.cfg_scale, s_min_uncond=0, image_cond=None
                 )
-                x = x + 0.3 * (denoised - x)
+                x = sample_euler(x, denoised, sigmas[step], sigmas[step + 1])
         except InterruptedException:
             pass
         return x
@@ -271,6 +359,17 @@ class FakeWebUI:
         self.shared.sd_model = p.refiner
         self.switch_model(cfg_denoiser)
         return True
+
+    @staticmethod
+    def picture(latent):
+        """What the VAE makes of a latent, (4, h, w), as a PIL image."""
+        with torch.inference_mode(False), torch.no_grad():
+            pixels = decoder()(latent.clone()[None] / SCALE)[0]
+        return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+    @staticmethod
+    def taesd():
+        raise FileNotFoundError("TAESD model not found")
 
     # Differs between the hosts.
 
@@ -290,6 +389,24 @@ class FakeWebUI:
 
     def load_networks(self, names, te_multipliers=None, unet_multipliers=None, dyn_dims=None):
         raise AssertionError
+
+
+SCALE = 0.5  # of the latents to the VAE's units
+
+
+def sample_euler(x, denoised, sigma, sigma_next):
+    """One step of k-diffusion's sampler of this name."""
+    return x + (x - denoised) / sigma * (sigma_next - sigma)
+
+
+def decoder(seed=3):
+    """A VAE's decoder: (B, 4, h, w) in the VAE's units -> (B, 3, 8 h, 8 w)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = torch.nn.Sequential(
+            torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Upsample(scale_factor=8), torch.nn.Conv2d(8, 3, 3, padding=1)
+        )
+    return network.requires_grad_(False)
 
 
 def noise(seed, size=4):
