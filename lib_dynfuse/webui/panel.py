@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import html
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ..hosts.base import WebUIHost
 from ..settings import FuseSettings, SettingsError, field_metadata, field_types
-from . import infotext, pictures
+from . import gallery, infotext, pictures
 
 TITLE = "DynFuse"
 SWITCH_TOOLTIP = "Fuse a subject LoRA and a style LoRA. A <dynfuse:...> tag in the prompt goes before what is chosen here."
@@ -30,7 +32,7 @@ GUIDANCE_ROWS = (
     ("start", "end", "every"),
     ("gradient", "decoder", "limit"),
 )
-REFERENCE_FIELDS = (("subject_image", "subject_prompt"), ("style_image", "style_prompt"))
+SIDES = ("subject", "style")
 PROMPT_PLACEHOLDER = "LoRA's activation text, else the prompt"
 
 
@@ -38,12 +40,14 @@ PROMPT_PLACEHOLDER = "LoRA's activation text, else the prompt"
 class Panel:
     """The built controls.
 
-    enabled: the switch. fields: by field name, in the order of FuseSettings. result: where the job's picture goes.
+    enabled: the switch. fields: by field name, in the order of FuseSettings. result: where the job's pictures go. references: where
+    the kept references are shown.
     """
 
     enabled: Any
     fields: dict[str, Any]
     result: Any
+    references: Any
 
     @property
     def arguments(self) -> list[Any]:
@@ -55,7 +59,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
     """Build the accordion inside the current gradio context. tab: "txt2img" or "img2img"; it keeps element ids apart."""
     # Looked up at each build: Reload UI may reload the host's ui modules (initialize.py, initialize_rest).
     from modules.ui_common import create_refresh_button
-    from modules.ui_components import InputAccordion
+    from modules.ui_components import InputAccordion, ToolButton
 
     def element(name: str) -> str:
         return f"dynfuse_{tab}_{name}"
@@ -68,6 +72,12 @@ def build(tab: str, host: WebUIHost) -> Panel:
     def first_thumbnail(name: str) -> str:
         # The host puts the user's defaults from ui-config.json on a dropdown after it was built.
         return _thumbnail(host, fields[name].value if name in fields else "")
+
+    def kept_references() -> str:
+        return gallery.gallery_html(host.reference_cache)
+
+    def cleared_references() -> str:
+        return gallery.cleared_html(host.reference_cache)
 
     def add(name: str) -> Any:
         fields[name] = _control(name, element(name), host)
@@ -96,28 +106,43 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 with gr.Row(elem_classes=["dynfuse-row"]):
                     for name in row:
                         add(name)
-        with gr.Accordion("Guidance", open=False, elem_id=element("guidance_part"), elem_classes=["dynfuse-advanced"]):
+        with gr.Accordion("Guidance", open=False, elem_id=element("guidance_part"), elem_classes=["dynfuse-advanced", "dynfuse-guidance"]):
             for row in GUIDANCE_ROWS:
                 with gr.Row(elem_classes=["dynfuse-row"]):
                     for name in row:
                         add(name)
-            with gr.Row(elem_classes=["dynfuse-row"]):
-                for row in REFERENCE_FIELDS:
-                    with gr.Column():
-                        for name in row:
-                            add(name)
+            with gr.Row(elem_classes=["dynfuse-pair"]):
+                for side in SIDES:
+                    with gr.Row(elem_classes=["dynfuse-part"]):
+                        with gr.Column(elem_classes=["dynfuse-given"], scale=0, min_width=128):
+                            add(f"{side}_image")
+                        with gr.Column(elem_classes=["dynfuse-choice"], min_width=160):
+                            add(f"{side}_prompt")
             add("reference_seed")
+            with gr.Accordion("Kept references", open=False, elem_id=element("references_part"), elem_classes=["dynfuse-advanced"]):
+                with gr.Row(elem_classes=["dynfuse-cache"]):
+                    references = gr.HTML(value=kept_references, elem_id=element("references"))
+                    refresh = ToolButton("\U0001f504", elem_id=element("references_show"))
+                    clear = gr.Button("Clear", elem_id=element("references_clear"), size="sm", scale=0, min_width=60)
+                refresh.webui_tooltip = "Show what is kept now, the references used last first."
+                clear.webui_tooltip = "Remove all of them; a reference is made anew when it is needed."
+                _quietly(refresh.click, kept_references, inputs=[], outputs=[references])
+                _quietly(clear.click, cleared_references, inputs=[], outputs=[references])
         result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
 
-    return Panel(enabled, {name: fields[name] for name in field_types()}, result)
+    return Panel(enabled, {name: fields[name] for name in field_types()}, result, references)
 
 
-def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable[[], str]) -> None:
-    """Show result_html() in the panel whenever component's value changes.
+def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable[[], str], host: WebUIHost) -> None:
+    """Show result_html(), and the references that are kept now, in the panel whenever component's value changes.
 
     component: the host's hidden "generation_info" box of the tab, which every finished job fills anew.
     """
-    _quietly(component.change, result_html, inputs=[], outputs=[panel.result])
+
+    def after_job() -> tuple[str, str]:
+        return result_html(), gallery.gallery_html(host.reference_cache)
+
+    _quietly(component.change, after_job, inputs=[], outputs=[panel.result, panel.references])
 
 
 @functools.cache
@@ -138,7 +163,9 @@ def paste_functions(host: WebUIHost) -> Mapping[str, Callable[[Mapping[str, Any]
                 # warn_about_paste has told the user.
                 return getattr(FuseSettings(), name)
             if field_metadata(name)["picture"]:
-                return None
+                # None, for the host, leaves a control as it is; an image without a picture of its own takes the old one away.
+                # A missing one: warn_about_paste has told the user.
+                return gr.update(value=_kept_picture(host, value)[0])
             if name not in LORA_FIELDS:
                 return value
             return renaming(host)(value, infotext.read_hashes(entries).get(value))
@@ -153,15 +180,20 @@ def renaming(host: WebUIHost) -> Callable[[str, str | None], str]:
     return infotext.known_name(lambda name: host.lora_path(name) is not None, host.lora_name_by_hash)
 
 
-def warn_about_paste(entries: Mapping[str, Any]) -> None:
+def warn_about_paste(entries: Mapping[str, Any], host: WebUIHost) -> None:
     """Show the user which pasted settings cannot be used here; they are replaced by their defaults."""
     if not infotext.is_enabled(entries):
         return
     for name in field_types():
         try:
-            infotext.read_value(entries, name)
+            value = infotext.read_value(entries, name)
         except SettingsError as error:
             gr.Warning(f"DynFuse: the pasted {error}; the default is used")
+            continue
+        if field_metadata(name)["picture"]:
+            _, reason = _kept_picture(host, value)
+            if reason:
+                gr.Warning(f"DynFuse: {field_metadata(name)['label']}: {reason}")
 
 
 def _control(name: str, element: str, host: WebUIHost) -> Any:
@@ -173,9 +205,11 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     elif name in ("method", "criterion"):
         control = gr.Radio(choices=list(metadata["choices"]), **common)
     elif metadata["picture"]:
-        control = gr.Image(**{**common, "value": None}, type="pil", height=160)
+        control = gr.Image(
+            **{**common, "value": None}, type="pil", interactive=True, show_label=False, height=128, **_plain_image_arguments()
+        )
     elif field_types()[name] is bool:
-        control = gr.Checkbox(**common)
+        control = gr.Checkbox(elem_classes=["dynfuse-switch"], **common)
     elif metadata["choices"]:
         control = gr.Dropdown(choices=list(metadata["choices"]), **common)
     elif field_types()[name] is str:
@@ -188,6 +222,21 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     # The hosts turn this attribute into the element's title (javascript/hints.js); gradio itself has no tooltips.
     control.webui_tooltip = metadata["tooltip"]
     return control
+
+
+def _plain_image_arguments() -> dict[str, Any]:
+    """A place to drop a picture into, without an editor, a camera or buttons for what comes out of it."""
+    known = inspect.signature(gr.Image.__init__).parameters
+    sources: dict[str, Any] = {"sources": ["upload"]} if "sources" in known else {"source": "upload", "tool": None}
+    return {**sources, "show_download_button": False, "show_share_button": False}
+
+
+def _kept_picture(host: WebUIHost, text: str) -> tuple[Image.Image | None, str]:
+    """The picture that a pasted setting stands for, and why it cannot be had."""
+    try:
+        return (host.reference_cache.picture(text) if text else None), ""
+    except SettingsError as error:
+        return None, str(error)
 
 
 def _lora_choices(host: WebUIHost) -> list[str]:

@@ -10,6 +10,7 @@ import os
 from PIL import Image
 
 THUMBNAIL_SIZE = 192
+SHOWN_SIZE = 512
 
 
 def picture_address(image: Image.Image, file_format: str = "PNG") -> str:
@@ -17,6 +18,13 @@ def picture_address(image: Image.Image, file_format: str = "PNG") -> str:
     buffer = io.BytesIO()
     image.save(buffer, file_format)
     return f"data:image/{file_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def shown_address(image: Image.Image) -> str:
+    """An address of the whole picture, made smaller to fit into a square of SHOWN_SIZE pixels."""
+    shown = image.convert("RGB")
+    shown.thumbnail((SHOWN_SIZE, SHOWN_SIZE), Image.Resampling.LANCZOS)
+    return picture_address(shown, "JPEG")
 
 
 def thumbnail_address(path: str | os.PathLike[str]) -> str | None:

@@ -1,4 +1,7 @@
-"""What is left of a job to look at: its selection maps, shown in the panel and, if the user wants, saved beside the images."""
+"""What is left of a job to look at: selection maps, curves of the guidance and the references it was steered towards.
+
+Shown in the panel; maps and curves are, if the user wants, also saved beside the images.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..fusion import Trace, selection_map
+from ..guidance import curve
+from ..guidance.guide import GuidanceRecord
+from ..guidance.references import Reference
 from ..hosts.fusion_pass import FusionPass
 from ..settings import FuseSettings
 from . import options, pictures
@@ -19,11 +25,23 @@ _OTHER_SAVES = ("-before-highres-fix", "-before-face-restoration", "-before-colo
 
 
 @dataclass(frozen=True)
+class _SeenReference:
+    """address: of the picture, in the size in which it is shown."""
+
+    side: str
+    prompt: str
+    given: bool
+    address: str
+
+
+@dataclass(frozen=True)
 class _Seen:
     """What is shown of a pass. Not the pass itself: that holds the LoRAs' tensors."""
 
     settings: FuseSettings | None
     trace: Trace | None
+    record: GuidanceRecord | None
+    references: tuple[_SeenReference, ...]
     notes: tuple[str, ...]
     hires: bool
 
@@ -38,44 +56,87 @@ def forget(tab: str) -> None:
 
 def remember(tab: str, passes: Sequence[FusionPass]) -> None:
     """Keep the passes of a finished job's last batch."""
-    _last[tab] = [_Seen(p.settings, p.trace, tuple(p.notes), p.hires) for p in passes]
+    _last[tab] = [_seen(p) for p in passes]
 
 
 def result_html(tab: str) -> str:
     """The panel's view of a tab's last job; empty if it was not fused."""
     passes = _last.get(tab, [])
-    figures = "".join(_figure(_map(p.trace, p.settings), p.hires) for p in passes if p.trace is not None)
+    figures = "".join(_pass_html(p) for p in passes)
+    # Every pass of a job is steered towards the same two.
+    references = next((p.references for p in reversed(passes) if p.references), ())
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(note for p in passes for note in p.notes))
-    return figures + (f"<ul>{notes}</ul>" if notes else "")
+    return figures + _references_html(references) + (f"<ul>{notes}</ul>" if notes else "")
 
 
 def save_beside(filename: str, passes: Sequence[FusionPass]) -> None:
-    """The host has saved an image: save the map of its batch under the same name with "-dynfuse.png", if the user wants it.
+    """The host has saved an image: save the map and the curve of its batch under the same name with "-dynfuse.png", if the user wants it.
 
-    Grids, masks and earlier stages of an image get no map. With hires fix the first pass's map stands above the second's.
+    Grids, masks and earlier stages of an image get none. With hires fix the first pass's pictures stand above the second's.
     """
     stem = os.path.splitext(filename)[0]
     if not options.saves_map() or stem.endswith(_OTHER_SAVES) or os.path.basename(stem).startswith("grid-"):
         return
-    maps = [_map(trace, p.settings) for p in passes if (trace := p.trace) is not None]
-    if maps:
-        _stacked(maps).save(f"{stem}-dynfuse.png")
+    drawn = [picture for p in passes for picture in (_map(p.trace, p.settings), _curve(_record(p))) if picture is not None]
+    if drawn:
+        _stacked(drawn).save(f"{stem}-dynfuse.png")
 
 
-def _map(trace: Trace, settings: FuseSettings | None) -> Image.Image:
+def _seen(p: FusionPass) -> _Seen:
+    references = tuple(_seen_reference(reference) for reference in (p.guidance.references if p.guidance is not None else ()))
+    return _Seen(p.settings, p.trace, _record(p), references, tuple(p.notes), p.hires)
+
+
+def _seen_reference(reference: Reference) -> _SeenReference:
+    return _SeenReference(reference.side, reference.prompt, reference.given, pictures.shown_address(reference.picture))
+
+
+def _record(p: FusionPass) -> GuidanceRecord | None:
+    return p.guidance.record if p.guidance is not None else None
+
+
+def _map(trace: Trace | None, settings: FuseSettings | None) -> Image.Image | None:
+    if trace is None:
+        return None
     assert settings is not None, "a pass that ran had settings"
     return selection_map.draw(trace, settings.subject, settings.style)
 
 
-def _figure(picture: Image.Image, hires: bool) -> str:
-    caption = "<figcaption>Hires pass</figcaption>" if hires else ""
-    return f'<figure>{caption}<img src="{pictures.picture_address(picture)}" alt="Selection map: steps by layers"></figure>'
+def _curve(record: GuidanceRecord | None) -> Image.Image | None:
+    return curve.draw(record) if record is not None and record.steps else None
 
 
-def _stacked(maps: Sequence[Image.Image]) -> Image.Image:
-    stacked = Image.new("RGB", (max(picture.width for picture in maps), sum(picture.height for picture in maps)), "white")
+def _pass_html(p: _Seen) -> str:
+    title = "Hires pass" if p.hires else ""
+    drawn = [
+        (_map(p.trace, p.settings), "Selection map: steps by layers"),
+        (_curve(p.record), "Similarities to the references over the steps"),
+    ]
+    shown = [(picture, text) for picture, text in drawn if picture is not None]
+    return "".join(_figure(picture, text, title if index == 0 else "") for index, (picture, text) in enumerate(shown))
+
+
+def _figure(picture: Image.Image, text: str, title: str) -> str:
+    caption = f"<figcaption>{title}</figcaption>" if title else ""
+    return f'<figure>{caption}<img src="{pictures.picture_address(picture)}" alt="{text}"></figure>'
+
+
+def _references_html(references: Sequence[_SeenReference]) -> str:
+    if not references:
+        return ""
+    cards = "".join(
+        f'<figure><img src="{reference.address}" alt="{html.escape(reference.side)} reference"><figcaption>'
+        f"<b>{html.escape(reference.side.capitalize())} reference</b>"
+        f"<span>{'your picture' if reference.given else html.escape(reference.prompt)}</span></figcaption></figure>"
+        for reference in references
+    )
+    return f'<div class="dynfuse-references">{cards}</div>'
+
+
+def _stacked(drawn: Sequence[Image.Image]) -> Image.Image:
+    stacked = Image.new("RGB", (max(picture.width for picture in drawn), sum(picture.height for picture in drawn)), "white")
     top = 0
-    for picture in maps:
+    for picture in drawn:
         stacked.paste(picture, (0, top))
         top += picture.height
     return stacked

@@ -47,7 +47,7 @@ class DynFuseScript(scripts.Script):
     def after_component(self, component: Any, **kwargs: Any) -> None:
         tab = _tab(self.is_img2img)
         if self._panel is not None and kwargs.get("elem_id") == f"generation_info_{tab}":
-            panel.refresh_result_on_change(component, self._panel, functools.partial(results.result_html, tab))
+            panel.refresh_result_on_change(component, self._panel, functools.partial(results.result_html, tab), detect())
 
     def process(self, p: Any, *arguments: Any) -> None:
         results.forget(_tab(self.is_img2img))
@@ -132,7 +132,7 @@ def _infotext_pasted(text: str, entries: dict[str, Any]) -> None:
     for key in ("Prompt", "Hires prompt"):
         if hashes and entries.get(key):
             entries[key] = infotext.renamed_tags(entries[key], hashes, panel.renaming(detect()))
-    panel.warn_about_paste(entries)
+    panel.warn_about_paste(entries, detect())
 
 
 def _tab(is_img2img: bool) -> str:
@@ -141,7 +141,7 @@ def _tab(is_img2img: bool) -> str:
 
 def _settings_or_none(arguments: Sequence[Any]) -> FuseSettings | None:
     try:
-        return read_arguments(arguments)
+        return read_arguments(arguments, detect().reference_cache)
     except SettingsError:
         return None
 
@@ -157,7 +157,7 @@ def _readable(tags: list[list[str]]) -> Iterator[FuseSettings]:
 def _tag_for(arguments: Sequence[Any]) -> str | None:
     """The tag that says what the panel or the API asks for, also when it asks for something impossible; None when switched off."""
     try:
-        settings = read_arguments(arguments)
+        settings = read_arguments(arguments, detect().reference_cache)
     except SettingsError as error:
         return tag.format_error(str(error))
     except Exception as error:

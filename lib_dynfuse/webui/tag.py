@@ -19,8 +19,8 @@ POSITIONAL = ("subject", "style", "subject_weight", "style_weight")
 SYNTAX = "<dynfuse:SUBJECT:STYLE>"
 
 # ":" "<" ">" "=" are the tag's own; "," and '"' are the infotext's; "#" starts a comment in A1111's prompts
-# (modules/processing_scripts/comments.py); a line break ends the infotext's prompt.
-RESERVED = '%:<>=,"#\n\r'
+# (modules/processing_scripts/comments.py); a line break ends the infotext's prompt; white space at the ends is cut off.
+RESERVED = '%:<>=,"#\n\r\t\v\f'
 
 _ERROR_KEY = "error"
 _ERROR_START = f"<dynfuse:{_ERROR_KEY}="

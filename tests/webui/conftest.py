@@ -10,13 +10,16 @@ import types
 import gradio as gr
 import pytest
 
+from lib_dynfuse.guidance.references import ReferenceCache
+
 
 class FakeHost:
     """What hosts.base.WebUIHost promises, over a dict of LoRAs: name -> hash."""
 
     name = "fake"
 
-    def __init__(self, loras=None, previews=None):
+    def __init__(self, folder, loras=None, previews=None):
+        self.reference_cache = ReferenceCache(folder)
         self.loras = {"dog": "aa11", "watercolor": "bb22"} if loras is None else loras
         self.previews = previews or {}
         self.refreshed = 0
@@ -70,8 +73,8 @@ class ExtraNetworkParams:
 
 
 class OptionInfo:
-    def __init__(self, default, label):
-        self.default, self.label = default, label
+    def __init__(self, default, label, component=None, component_args=None):
+        self.default, self.label, self.component, self.component_args = default, label, component, component_args
 
     def info(self, text):
         return self
@@ -147,7 +150,10 @@ def webui(request, monkeypatch):
             "options_section": section,
         },
         "modules.ui_common": {"create_refresh_button": create_refresh_button},
-        "modules.ui_components": {"InputAccordion": SwitchedAccordion if request.param is Kind.A1111 else accordion_function},
+        "modules.ui_components": {
+            "ToolButton": gr.Button,
+            "InputAccordion": SwitchedAccordion if request.param is Kind.A1111 else accordion_function,
+        },
     }
     for name, contents in modules.items():
         module = types.ModuleType(name)
@@ -159,8 +165,8 @@ def webui(request, monkeypatch):
 
 
 @pytest.fixture
-def host():
-    return FakeHost()
+def host(tmp_path):
+    return FakeHost(tmp_path / "references")
 
 
 @pytest.fixture

@@ -28,11 +28,11 @@ def test_the_panel_has_a_control_for_every_field_in_the_public_order(built):
     assert [control.label for control in made.arguments] == ["DynFuse", *(field_metadata(name)["label"] for name in field_types())]
 
 
-def test_untouched_controls_mean_the_default_settings(built):
+def test_untouched_controls_mean_the_default_settings(built, host):
     _, made, _ = built
     values = [control.value for control in made.arguments]
     assert values[0] is False
-    assert read_arguments([True, "dog", "watercolor", *values[3:]]) == FuseSettings(subject="dog", style="watercolor")
+    assert read_arguments([True, "dog", "watercolor", *values[3:]], host.reference_cache) == FuseSettings(subject="dog", style="watercolor")
 
 
 def test_every_control_has_a_value_of_its_fields_type(built):
@@ -46,7 +46,9 @@ def test_controls_offer_what_the_settings_permit(built):
     _, made, _ = built
     for name, control in made.fields.items():
         metadata = field_metadata(name)
-        if metadata["choices"]:
+        if metadata["picture"]:
+            assert (control.type, control.interactive) == ("pil", True)
+        elif metadata["choices"]:
             assert [choice[0] if isinstance(choice, tuple) else choice for choice in control.choices] == list(metadata["choices"])
         elif metadata["slider"]:
             assert (control.minimum, control.maximum, control.step) == metadata["slider"]
@@ -77,17 +79,23 @@ def test_the_refresh_buttons_offer_new_loras(built, host):
 
 
 @pytest.fixture
-def thumbnails(webui):
+def thumbnails(webui, tmp_path):
     """Build a panel on a host with previews: its fields, what a choice of subject and of style shows, and what opening the page shows."""
 
     def build(**previews):
         with gr.Blocks() as demo:
-            made = panel.build("txt2img", FakeHost(previews={name: str(path) for name, path in previews.items()}))
-        functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
-        assert len(functions) == 4
-        return made.fields, functions[:2], functions[2:]
+            made = panel.build("txt2img", FakeHost(tmp_path, previews={name: str(path) for name, path in previews.items()}))
+        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 4, 5)
+        return made.fields, chosen, opened
 
     return build
+
+
+def functions_of(demo, *places):
+    """Functions behind a page: of choosing subject and style, of the buttons of the references, then of opening previews and references."""
+    functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
+    assert len(functions) >= 7
+    return [functions[place] for place in places]
 
 
 def test_choosing_a_lora_shows_its_preview(thumbnails, tmp_path):
@@ -118,13 +126,52 @@ def test_a_preview_that_is_no_picture_is_not_shown(thumbnails, tmp_path):
 
 
 @pytest.fixture
+def references(webui, host):
+    """What the panel's refresh button, its clear button and opening the page show of the kept references."""
+    with gr.Blocks() as demo:
+        panel.build("txt2img", host)
+    return functions_of(demo, 2, 3, 6)
+
+
+def test_the_kept_references_are_shown_and_cleared(references, host):
+    refresh, clear, opened = references
+    assert refresh() == opened() == '<p class="dynfuse-kept">No reference is kept yet.</p>'
+    host.reference_cache.keep_picture(Image.new("RGB", (20, 10), "red"))
+    assert "1 reference kept" in refresh()
+    assert refresh().count("<img") == 1
+    assert "1 reference removed" in clear()
+    assert host.reference_cache.size() == 0
+    assert "0 references removed" in clear()
+
+
+def test_a_finished_job_shows_its_result_and_the_references_it_left(webui, host):
+    with gr.Blocks() as demo:
+        made = panel.build("txt2img", host)
+        panel.refresh_result_on_change(gr.Textbox(), made, lambda: "<p>map</p>", host)
+    (after_job,) = functions_of(demo, 4)
+    host.reference_cache.keep_picture(Image.new("RGB", (20, 10)))
+    result, references = after_job()
+    assert result == "<p>map</p>"
+    assert "1 reference kept" in references
+
+
+@pytest.fixture
 def paste(host):
     functions = panel.paste_functions(host)
     return lambda entries: {name: function(entries) for name, function in functions.items()}
 
 
 def test_pasting_restores_every_control(paste):
-    settings = FuseSettings(subject="dog", style="watercolor", style_weight=0.5, criterion="cosine", bias=2.0)
+    settings = FuseSettings(
+        subject="dog",
+        style="watercolor",
+        style_weight=0.5,
+        criterion="cosine",
+        guidance=True,
+        every=3,
+        reference_seed=7,
+        style_prompt="ink, ",
+    )
     pasted = paste(infotext.settings_fields(settings))
     assert pasted.pop("enabled") is True
     assert FuseSettings(**{name: value for name, value in pasted.items() if not field_metadata(name)["picture"]}) == settings
@@ -142,14 +189,43 @@ def test_pasting_finds_loras_by_hash(paste):
     assert (pasted["subject"], pasted["style"]) == ("dog", "watercolor")
 
 
-def test_pasting_an_impossible_value_gives_the_default_and_a_warning(paste, monkeypatch):
+def test_pasting_an_impossible_value_gives_the_default_and_a_warning(paste, host, monkeypatch):
     warnings = []
     monkeypatch.setattr(gr, "Warning", warnings.append)
     entries = {"DynFuse": "True", "DynFuse subject": "dog", "DynFuse criterion": "euclid"}
     assert paste(entries)["criterion"] == "kl"
-    panel.warn_about_paste(entries)
+    panel.warn_about_paste(entries, host)
     assert len(warnings) == 1
     assert "criterion must be one of" in warnings[0]
+
+
+def pasted_picture(paste, entries, name="style_image"):
+    update = paste(entries)[name]
+    assert update["__type__"].endswith("update")
+    return update["value"]
+
+
+def test_pasting_brings_back_a_picture_that_is_still_kept(paste, host):
+    digits = host.reference_cache.keep_picture(Image.new("RGB", (20, 10), "red"))
+    entries = infotext.settings_fields(FuseSettings(subject="dog", style="watercolor", style_image=digits))
+    assert pasted_picture(paste, entries).getpixel((3, 3)) == (255, 0, 0)
+    assert pasted_picture(paste, entries, "subject_image") is None
+
+
+def test_pasting_a_picture_that_is_gone_empties_its_place_and_says_so(paste, host, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(gr, "Warning", warnings.append)
+    entries = infotext.settings_fields(FuseSettings(subject="dog", style="watercolor", style_image="0123456789abcdef"))
+    assert pasted_picture(paste, entries) is None
+    panel.warn_about_paste(entries, host)
+    assert len(warnings) == 1
+    assert warnings[0].startswith("DynFuse: Style reference picture: the reference picture 0123456789abcdef is not")
+
+
+def test_pasting_a_path_shows_no_file(paste, tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "secret.png")
+    entries = infotext.settings_fields(FuseSettings(subject="dog", style="watercolor", style_image=str(tmp_path / "secret.png")))
+    assert pasted_picture(paste, entries) is None
 
 
 def test_both_tabs_are_pasted_by_the_same_functions(host):

@@ -1,3 +1,5 @@
+import base64
+import io
 import types
 
 import pytest
@@ -5,6 +7,10 @@ import torch
 from PIL import Image
 
 from lib_dynfuse.fusion.trace import Trace
+from lib_dynfuse.guidance import curve
+from lib_dynfuse.guidance.encoders import Embeddings
+from lib_dynfuse.guidance.guide import GuidanceRecord
+from lib_dynfuse.guidance.references import Reference
 from lib_dynfuse.lora.naming import Site
 from lib_dynfuse.settings import FuseSettings
 from lib_dynfuse.webui import results
@@ -17,10 +23,25 @@ def trace(steps=3):
     return Trace(sites, winners, torch.ones(steps, 2, 1, 2), torch.ones(steps, 2, dtype=torch.bool), one_sided, one_sided)
 
 
-def fusion_pass(*notes, hires=False, with_trace=True):
+def fusion_pass(*notes, hires=False, with_trace=True, guidance=None):
     """What hosts.fusion_pass.FusionPass shows of a finished pass."""
     settings = FuseSettings(subject="<dog>", style="watercolor")
-    return types.SimpleNamespace(trace=trace() if with_trace else None, settings=settings, notes=list(notes), hires=hires)
+    seen = trace() if with_trace else None
+    return types.SimpleNamespace(trace=seen, settings=settings, notes=list(notes), hires=hires, guidance=guidance)
+
+
+def record(steps=3):
+    return GuidanceRecord(list(range(steps)), torch.linspace(0.2, 0.5, 3 * steps).view(steps, 3, 1), (True, True, True), steps)
+
+
+def guidance(steps=3, prompt="a <b>dog</b>"):
+    """What hosts.guided_pass.GuidedPass shows of a finished pass; steps None: it ended before the first."""
+    embeddings = Embeddings(torch.ones(1, 1), torch.ones(1, 1))
+    references = [
+        Reference("subject", Image.new("RGB", (900, 450), "red"), embeddings, prompt),
+        Reference("style", Image.new("RGB", (20, 10), "blue"), embeddings, "", given=True),
+    ]
+    return types.SimpleNamespace(record=None if steps is None else record(steps), references=references)
 
 
 @pytest.fixture
@@ -84,3 +105,43 @@ def test_nothing_is_saved_for_a_plain_image_or_unless_the_user_wants_it(webui, t
     results.save_beside(str(tmp_path / "2.png"), [])
     results.save_beside(str(tmp_path / "3.png"), [fusion_pass(with_trace=False)])
     assert saved(tmp_path) == []
+
+
+def test_a_guided_job_shows_its_curve_and_both_references():
+    results.remember("txt2img", [fusion_pass(guidance=guidance())])
+    page = results.result_html("txt2img")
+    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "a &lt;b&gt;dog&lt;/b&gt;" in page
+    assert "<b>Subject reference</b>" in page
+    assert "<b>Style reference</b><span>your picture</span>" in page
+
+
+def test_both_passes_have_a_curve_and_share_the_references():
+    results.remember("txt2img", [fusion_pass(guidance=guidance()), fusion_pass(hires=True, guidance=guidance())])
+    page = results.result_html("txt2img")
+    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert page.count("Hires pass") == 1
+
+
+@pytest.mark.parametrize("steps", [None, 0])
+def test_a_pass_that_no_step_of_was_guided_has_no_curve(steps):
+    results.remember("txt2img", [fusion_pass(guidance=guidance(steps))])
+    assert results.result_html("txt2img").count("data:image/png;base64,") == 1
+
+
+def test_a_large_reference_is_shown_whole_and_smaller():
+    results.remember("txt2img", [fusion_pass(guidance=guidance())])
+    address = results.result_html("txt2img").split("data:image/jpeg;base64,")[1].split('"')[0]
+    with Image.open(io.BytesIO(base64.b64decode(address))) as shown:
+        assert shown.width == 2 * shown.height < 900
+
+
+def test_the_curve_is_saved_under_the_map(saving):
+    results.save_beside(str(saving / "map.png"), [fusion_pass()])
+    results.save_beside(str(saving / "both.png"), [fusion_pass(guidance=guidance())])
+    with Image.open(saving / "map-dynfuse.png") as one, Image.open(saving / "both-dynfuse.png") as both:
+        drawn = curve.draw(record())
+        assert both.height == one.height + drawn.height
+        assert both.crop((0, one.height, drawn.width, both.height)).tobytes() == drawn.tobytes()

@@ -1,7 +1,9 @@
 import gradio as gr
 import pytest
+from PIL import Image
 
-from lib_dynfuse.settings import FuseSettings, SettingsError
+from lib_dynfuse.guidance.weights import CLIP_DEFAULT, DINO_DEFAULT
+from lib_dynfuse.settings import FuseSettings, SettingsError, field_types
 from lib_dynfuse.webui import tag
 from tests.webui.conftest import Job, extra_network_data
 
@@ -82,7 +84,7 @@ def test_a_mistake_reaches_the_host_part_as_a_sentence(script, arguments, words)
 
 
 def test_an_argument_nobody_thought_of_still_stops_the_image(script, webui, script_module, monkeypatch):
-    monkeypatch.setattr(script_module, "read_arguments", lambda arguments: 1 / 0)
+    monkeypatch.setattr(script_module, "read_arguments", lambda arguments, cache: 1 / 0)
     prompts = ["a dog"]
     script.before_process_batch(Job(), *ON, prompts=prompts)
     with pytest.raises(SettingsError, match="division by zero"):
@@ -178,4 +180,35 @@ def test_the_script_file_shows_the_host_exactly_one_script(script_module, webui)
     found = [value for value in names.values() if isinstance(value, type) and issubclass(value, base)]
     assert found == [script_module.DynFuseScript]
     assert set(webui.callbacks) == {"before_ui", "script_unloaded", "infotext_pasted", "image_saved"}
-    assert isinstance(webui.options["dynfuse_save_map"], object)
+
+
+def test_a_picture_of_the_panel_travels_as_digits_and_is_kept(script, host):
+    picture = Image.new("RGB", (20, 10), "red")
+    named = {**PAIR, "style_image": picture}
+    job = Job("a dog", hr_prompts=["a dog"])
+    settings = request(job.run_batch(script, True, *(named.get(name) for name in field_types())))
+    assert host.reference_cache.picture(settings.style_image).tobytes() == picture.tobytes()
+    assert request(job.hr_extra_network_data) == settings
+    assert job.extra_generation_params["DynFuse style image"] == settings.style_image
+
+
+def test_a_picture_that_cannot_be_read_stops_the_image(script):
+    with pytest.raises(SettingsError, match="style_image: .*base64"):
+        request(Job().run_batch(script, True, {**PAIR, "style_image": "/etc/hostname"}))
+
+
+def test_the_options_are_the_hosts_parts_own_with_its_defaults(webui, script_module):
+    script_module.register()
+    defaults = {name: option.default for name, option in webui.options.items()}
+    assert defaults == {
+        "dynfuse_save_map": False,
+        "dynfuse_clip_model": CLIP_DEFAULT,
+        "dynfuse_dino_model": DINO_DEFAULT,
+        "dynfuse_encoders_folder": "",
+        "dynfuse_download_encoders": True,
+        "dynfuse_without_encoders": "stop",
+        "dynfuse_reference_cache_mb": 256,
+    }
+    for option in webui.options.values():
+        with gr.Blocks():
+            (option.component or gr.Textbox)(value=option.default, **(option.component_args or {}))

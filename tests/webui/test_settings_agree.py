@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from PIL import Image
 
 from lib_dynfuse.settings import FuseSettings, SettingsError, field_metadata, field_types
 from lib_dynfuse.webui import infotext, tag
@@ -14,8 +15,27 @@ NAMES = [
     *("100%", "50%3A", "my%20lora", "%", "é%C3%A9", '"quoted"', 'a"b', "a\\b", "a\nb", "c#sharp", " outer "),
     *("dog (v2)", "[dog]", "a|b", "{a}", "512x512", "1.0", "True", "DynFuse", "犬", "folder/dog"),
 ]
+PROMPTS = [
+    *("a dog, sitting: on grass", "(dog:1.2), [a|b], {x}", "<lora:ink:0.5> a dog", "<dynfuse:a:b>", "a dog AND a cat"),
+    *("one\ntwo\n\nthree", "\ttab\t", "a\r\nb", '"quoted, twice": "yes"', '"', "a\\, b\\", "\\", "it's", "# no comment", "100%, 50%2C"),
+    *("512x512", "512x512\n", "8x8, and more", "Steps: 20, Sampler: Euler, Seed: 1", "Negative prompt: bad", "a=b, c=d", "error=no"),
+    *("True", "None", "0", "犬、草の上", "line \u2028 \x85 line", "emoji 🐶", "BREAK", "a" * 3000, ", ".join(["word: (other:1.1)"] * 300)),
+]
 FIELDS = list(field_types())
 PAIR = {"subject": "dog", "style": "watercolor"}
+
+
+class OnePicture:
+    """A cache of references that keeps one picture."""
+
+    digits = "0123456789abcdef"
+
+    def picture(self, text):
+        assert text == self.digits
+        return Image.new("RGB", (4, 4))
+
+    def keep_picture(self, image):
+        return self.digits
 
 
 def other_than_default(name):
@@ -30,7 +50,7 @@ def other_than_default(name):
         return default + 3
     if isinstance(default, float):
         return default - 0.3125 if metadata["maximum"] == default else default + 0.3125
-    return "0123456789abcdef" if metadata["picture"] else f"another {name}"
+    return OnePicture.digits if metadata["picture"] else f"another {name}"
 
 
 def changed(*names):
@@ -45,16 +65,20 @@ def through_infotext(settings):
     return infotext.read_settings(parse_infotext_line(create_infotext_line(infotext.settings_fields(settings))))
 
 
+def through_api(*arguments):
+    return read_arguments([True, *arguments], OnePicture())
+
+
 def through_api_names(settings):
-    return read_arguments([True, {name: getattr(settings, name) for name in FIELDS}])
+    return through_api({name: getattr(settings, name) for name in FIELDS})
 
 
 def through_api_changed_names(settings):
-    return read_arguments([True, settings.non_default()])
+    return through_api(settings.non_default())
 
 
 def through_panel(settings):
-    return read_arguments([True, *(getattr(settings, name) for name in FIELDS)])
+    return through_api(*(getattr(settings, name) for name in FIELDS))
 
 
 WAYS = [through_tag, through_infotext, through_api_names, through_api_changed_names, through_panel]
@@ -82,6 +106,13 @@ def test_any_name_survives_every_way_in(way, subject):
     assert way(settings) == settings
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_any_reference_prompt_survives_every_way_in(way, prompt):
+    settings = FuseSettings(**PAIR, subject_prompt=prompt, style_prompt=prompt[::-1], reference_seed=4294967295)
+    assert way(settings) == settings
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0, 1e-7, 0.1 + 0.2, 1e300, 12345678.875])
 @pytest.mark.parametrize("way", WAYS)
 def test_any_weight_survives_every_way_in(way, weight):
@@ -93,7 +124,7 @@ def test_a_setting_out_of_range_is_refused_by_tag_infotext_and_api_alike():
     for read in (
         lambda: tag.parse_tag(["dog", "watercolor", "bias=-1"]),
         lambda: infotext.read_settings({"DynFuse": "True", "DynFuse subject": "dog", "DynFuse style": "watercolor", "DynFuse bias": "-1"}),
-        lambda: read_arguments([True, {**PAIR, "bias": -1}]),
+        lambda: through_api({**PAIR, "bias": -1}),
     ):
         with pytest.raises(SettingsError, match="bias must be at least 0, not -1"):
             read()
