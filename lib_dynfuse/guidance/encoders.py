@@ -1,7 +1,7 @@
 """The two image encoders of the score: CLIP's vision tower (open_clip) and DINO (transformers' ViT).
 
-Both are built from their files alone, without the libraries' own loaders: those would fetch what is missing, keep CLIP's text tower,
-and unpickle whatever a file holds.
+Both are built from their files alone, without the libraries' own loaders: those would fetch what is missing, keep CLIP's text tower in
+memory, and unpickle whatever a file holds.
 """
 
 from __future__ import annotations
@@ -9,21 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from threading import Lock
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .preprocessing import prepared
-from .weights import EncoderError, EncoderSources, ModelFiles, Progress, clip_files, dino_files
+from .torchscript import is_torchscript, torchscript_state
+from .weights import EncoderError, EncoderSources, ModelFiles, Progress, clip_files, dino_files, imported
 
 # open_clip's and DINO's own: what their weights were trained with where no file says otherwise.
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -125,9 +129,7 @@ def _identity(files: ModelFiles) -> str:
     if not files.local:
         return files.name
     digest = hashlib.sha256()
-    for path in (files.config, files.preprocessing, files.weights):
-        if path is None:
-            continue
+    for path in files.paths:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -135,33 +137,32 @@ def _identity(files: ModelFiles) -> str:
 
 
 def _clip_encoder(files: ModelFiles) -> ImageEncoder:
-    try:
-        import open_clip
-        from open_clip.model import _build_vision_tower
-    except ImportError as error:
-        raise EncoderError(f"CLIP needs the Python package open_clip_torch, which cannot be imported ({_first_line(error)}).") from None
-    state = _state(files, "visual.")
-    config: dict[str, Any] = {}
-    preprocessing: dict[str, Any] = {}
+    open_clip = imported("open_clip_torch", "open_clip")
+    build = imported("open_clip_torch", "open_clip.model")._build_vision_tower
+    state, scripted = _state(files, "visual.")
+    preprocessing: Mapping[str, Any] = {}
     if files.config is not None:
-        content = _json(files)
+        content = _json(files.config)
         config, preprocessing = content.get("model_cfg") or content, content.get("preprocess_cfg") or {}
     else:
-        config = open_clip.get_model_config(files.architecture) or {}
-        if not config:
-            raise _refusal(files, f"open_clip {_version('open_clip_torch')} knows no architecture {files.architecture}")
+        config = open_clip.get_model_config(files.architecture)
+        if config is None:
+            raise _refusal(files, f"{_release('open_clip_torch')} knows no architecture {files.architecture}")
         if files.tag is not None:
             preprocessing = open_clip.get_pretrained_cfg(files.architecture, files.tag)
-    # OpenAI's own weights want its approximation of GELU; open_clip's table of architectures does not say so (open_clip/openai.py).
-    quick_gelu = bool(config.get("quick_gelu")) or files.tag == "openai"
+    # OpenAI's own weights want its approximation of GELU, which open_clip's table of architectures does not say (open_clip/openai.py).
+    quick_gelu = scripted or files.tag == "openai" or bool(config.get("quick_gelu") or preprocessing.get("quick_gelu"))
     try:
+        # The tower alone; of a CoCa model only the pooled output; and nothing that timm would fetch.
         vision = {**config["vision_cfg"], "timm_model_pretrained": False, "output_tokens": False}
-        tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu)
-        tower.load_state_dict(state)
-        size = tower.image_size if isinstance(tower.image_size, int) else tower.image_size[0]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ImportError) as error:
-        raise _refusal(files, _first_line(error)) from None
-    return ImageEncoder(_frozen(tower), size, preprocessing.get("mean") or _CLIP_MEAN, preprocessing.get("std") or _CLIP_STD)
+        tower = build(config["embed_dim"], vision, quick_gelu)
+        height, width = tower.image_size if isinstance(tower.image_size, Sequence) else (tower.image_size, tower.image_size)
+    except Exception as error:  # whatever a configuration of another time or another program leads to
+        raise _refusal(files, f"{_release('open_clip_torch')} cannot build it ({_reason(error)})") from None
+    if height != width:
+        raise _refusal(files, f"it takes pictures of {width} × {height} pixels, and only square ones are supported")
+    _fill(tower, state, files)
+    return ImageEncoder(_frozen(tower), height, preprocessing.get("mean") or _CLIP_MEAN, preprocessing.get("std") or _CLIP_STD)
 
 
 class _ClassToken(nn.Module):
@@ -176,73 +177,123 @@ class _ClassToken(nn.Module):
 
 
 def _dino_encoder(files: ModelFiles) -> ImageEncoder:
-    try:
-        from transformers import ViTConfig, ViTModel
-    except ImportError as error:
-        raise EncoderError(f"DINO needs the Python package transformers, which cannot be imported ({_first_line(error)}).") from None
-    content = _json(files)
+    transformers = imported("transformers", "transformers")
+    assert files.config is not None
+    content = _json(files.config)
     if content.get("model_type") != "vit":
-        raise _refusal(files, f"config.json describes a model of type {content.get('model_type')}, and only vit is supported")
-    state = {key.removeprefix("vit."): value for key, value in _state(files).items()}
+        raise _refusal(files, f"{files.config.name} describes a model of type {content.get('model_type')}, and only vit is supported")
+    state, _ = _state(files)
     try:
-        vit = ViTModel(ViTConfig.from_dict(content), add_pooling_layer=False)
-        missing = vit.load_state_dict({key: value for key, value in state.items() if key in vit.state_dict()}, strict=False).missing_keys
-        if missing:
-            raise _refusal(files, f"it lacks {len(missing)} weights, such as {missing[0]}")
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if isinstance(error, EncoderError):
-            raise
-        raise _refusal(files, _first_line(error)) from None
-    preprocessing = json.loads(files.preprocessing.read_text("utf-8")) if files.preprocessing is not None else {}
+        vit = transformers.ViTModel(transformers.ViTConfig.from_dict(content), add_pooling_layer=False)
+        size = int(vit.config.image_size)
+    except Exception as error:  # as with CLIP
+        raise _refusal(files, f"{_release('transformers')} cannot build it ({_reason(error)})") from None
+    # A classifier's file names the same weights with a prefix, and holds more than is needed; so does DINO's, its pooling layer.
+    state = {key.removeprefix("vit."): value for key, value in state.items()}
+    _fill(vit, {key: state[key] for key in vit.state_dict() if key in state}, files)
+    preprocessing = _json(files.preprocessing) if files.preprocessing is not None else {}
     mean, std = preprocessing.get("image_mean") or _IMAGENET_MEAN, preprocessing.get("image_std") or _IMAGENET_STD
-    return ImageEncoder(_frozen(_ClassToken(vit)), vit.config.image_size, mean, std)
+    return ImageEncoder(_frozen(_ClassToken(vit)), size, mean, std)
+
+
+def _fill(network: nn.Module, state: Mapping[str, Tensor], files: ModelFiles) -> None:
+    """Put the weights into the network. Raises EncoderError where they are not just the network's."""
+    wanted = network.state_dict()
+    for name, weight in wanted.items():
+        if name not in state:
+            raise _refusal(files, f"its weights are of another model, they lack {name}")
+        if state[name].shape != weight.shape:
+            shapes = [" × ".join(map(str, tensor.shape)) for tensor in (state[name], weight)]
+            raise _refusal(files, f"its weights are of another model, {name} is {shapes[0]} instead of {shapes[1]}")
+        if not bool(state[name].isfinite().all()):
+            raise _refusal(files, f"its weights are damaged, {name} is not finite")
+    if surplus := state.keys() - wanted.keys():
+        raise _refusal(files, f"its weights are of another model, which has {min(surplus)}")
+    network.load_state_dict(dict(state))
 
 
 def _frozen(network: nn.Module) -> nn.Module:
-    return network.float().eval().requires_grad_(False)
+    network.float().eval().requires_grad_(False)
+    for module in network.modules():
+        if (forward := _FORWARDS.get(type(module))) is not None:
+            module.forward = MethodType(forward, module)
+    return network
 
 
-def _json(files: ModelFiles) -> dict[str, Any]:
-    assert files.config is not None
+def _linear(self: nn.Linear, inputs: Tensor) -> Tensor:
+    return F.linear(inputs, self.weight, self.bias)
+
+
+def _convolution(self: nn.Conv2d, inputs: Tensor) -> Tensor:
+    return self._conv_forward(inputs, self.weight, self.bias)
+
+
+def _layer_norm(self: nn.LayerNorm, inputs: Tensor) -> Tensor:
+    return F.layer_norm(inputs, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+# WebUIs replace these classes' forward, A1111 for a whole sampling where a device has no autocast: then in half precision, and with the
+# weights converted back and forth between forward and backward (devices.py:174, manual_cast). The encoders keep their own.
+_FORWARDS: dict[type, Callable[..., Any]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _convolution,
+    nn.LayerNorm: _layer_norm,
+    nn.MultiheadAttention: nn.MultiheadAttention.forward,
+}
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(files.config.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise EncoderError(f"{files.config} cannot be read: {_first_line(error)}.") from None
+        raise EncoderError(f"The encoder's file {path} cannot be read: {_reason(error)}.") from None
     if not isinstance(content, dict):
-        raise EncoderError(f"{files.config} cannot be read: it describes no model.")
+        raise EncoderError(f"The encoder's file {path} cannot be read: it describes no model.")
     return content
 
 
-def _state(files: ModelFiles, prefix: str = "") -> dict[str, Tensor]:
-    """The file's tensors under `prefix`, named without it, float32."""
+def _state(files: ModelFiles, prefix: str = "") -> tuple[dict[str, Tensor], bool]:
+    """The file's tensors under `prefix`, named without it, float32; and whether it is an archive as OpenAI publishes them."""
     path = files.weights
+    scripted = is_torchscript(path)
+    content: object
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
-                content: Mapping[str, Any] = {key: file.get_tensor(key).clone() for key in list(file.keys()) if key.startswith(prefix)}
+                # Clones, because a tensor that safetensors maps from the file would change, or kill the process, with the file.
+                content = {key: file.get_tensor(key).clone() for key in list(file.keys()) if key.startswith(prefix)}
+        elif scripted:
+            content = torchscript_state(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise _refusal(files, f"it is damaged ({_first_line(error)})") from None
+    except pickle.UnpicklingError:
+        raise _refusal(files, "it is damaged or holds other things than tensors, which might be code, and was not opened") from None
+    except Exception as error:  # a damaged file makes its reader fail in any way
+        raise _refusal(files, f"it is damaged ({_reason(error)})") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
+    # A1111 replaces torch.load by its own check, which prints its refusal and returns None.
     if not isinstance(content, Mapping):
         raise _refusal(files, "it holds no named tensors")
-    state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
-    return {key[len(prefix) :]: value.float() for key, value in state.items() if key.startswith(prefix)}
+    named = {str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    state = {name.removeprefix(prefix): value.float() for name, value in named.items() if name.startswith(prefix)}
+    if not state:
+        raise _refusal(files, f"none of its tensors has a name that begins with {prefix}" if prefix else "it holds no tensors")
+    return state, scripted
 
 
 def _refusal(files: ModelFiles, reason: str) -> EncoderError:
     return EncoderError(f"The encoder {files.name} cannot be loaded from {files.weights}: {reason}.")
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version
+def _release(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return package
 
-    return version(package)
 
-
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
