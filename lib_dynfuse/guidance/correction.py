@@ -51,7 +51,7 @@ def fast_factor(level: Level) -> float:
     """What m grad_D R is multiplied by to shift D: s / (s - s').
 
     That is the exact factor of a VP model whose denoiser has the Jacobian of unit-variance data, 1 / (1 + s^2), but for a factor between
-    1 and s/s'. With a Jacobian of 1 in its place the exact factor would overshoot, up to 2400 times at s = 14.6.
+    1 and s/s'. With a Jacobian of 1 in its place the exact factor would overshoot about 1 + s^2 times.
     """
     if level.s <= 0:
         return 0.0
