@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..fusion import Rows
+from ..guidance.correction import Kind
 from ..lora.branch import Branch, LowRank, bound
 from .base import WebUIHost, refuse_replaced_denoiser
+from .forge_autograd import graph_through_inference_tensors
 from .fusion_pass import RowLayout
+from .guided_pass import HostVae
+from .reference_maker import BaseIdentity, file_identity
 from .text_parts import TextPart, TextParts
 
 # Names under which our patches stand in a patcher begin with this.
@@ -25,6 +30,10 @@ CONDITIONAL = 0  # an entry of cond_or_uncond (sampling_function.py:153)
 
 class Forge(WebUIHost):
     name = "Forge"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taesd: _TaesdDecoder | None = None
 
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
         refuse_replaced_denoiser()
@@ -44,15 +53,88 @@ class Forge(WebUIHost):
         return weight
 
     def reserve_memory(self, p: Any, elements: int) -> None:
-        # Else a model that just fits would be loaded whole, and the pair run out of memory. Lost with the next reset of
+        dtype = p.sd_model.forge_objects.unet.model.computation_dtype
+        self.reserve_guidance_memory(p, elements * torch.empty((), dtype=dtype).element_size())
+
+    def reserve_guidance_memory(self, p: Any, bytes_: int) -> None:
+        # Else a model that just fits would be loaded whole, and ours run out of memory. Lost with the next reset of
         # forge_objects (processing.py:1522), after which the host asks again.
         unet = p.sd_model.forge_objects.unet.clone()
-        unet.add_extra_preserved_memory_during_sampling(elements * torch.empty((), dtype=unet.model.computation_dtype).element_size())
+        unet.add_extra_preserved_memory_during_sampling(bytes_)
         p.sd_model.forge_objects.unet = unet
 
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         images = len(cond.batch)
         return lambda x, arguments: rows_of_call(x.shape[0], images, arguments.get("transformer_options") or {})
+
+    def noise_levels(self, cfg_denoiser: Any, values: Tensor) -> Tensor:
+        if not self.works_on_eps(cfg_denoiser):
+            return values
+        # Timesteps, rounded as Forge rounds them (sd_samplers_cfg_denoiser.py:164).
+        alphas = self._engine(cfg_denoiser).alphas_cumprod.to(values.device)
+        levels = ((1.0 - alphas) / alphas) ** 0.5
+        return levels[values.round().long().clip(0, len(levels) - 1)]
+
+    def works_on_eps(self, cfg_denoiser: Any) -> bool:
+        return bool(cfg_denoiser.classic_ddim_eps_estimation)
+
+    def denoised(self, cfg_denoiser: Any, x: Tensor, s: float, prediction: Tensor) -> Tensor:
+        if self.works_on_eps(cfg_denoiser) and cfg_denoiser.mask is not None:
+            # x had the kept part of the picture put in, noised anew, before it was denoised (sd_samplers_cfg_denoiser.py:176).
+            return cfg_denoiser.sampler.last_latent
+        return super().denoised(cfg_denoiser, x, s, prediction)
+
+    def schedule_kind(self, cfg_denoiser: Any) -> Kind:
+        # "const" is Forge's word for x = (1 - t) x0 + t noise (backend/modules/k_prediction.py:100).
+        return "flow" if self._predictor(cfg_denoiser).prediction_type == "const" else "vp"
+
+    def rectified_ancestral(self, cfg_denoiser: Any) -> bool:
+        from backend.modules.k_prediction import PredictionFlux
+
+        # Of the flow models, Flux only (k_diffusion/sampling.py:143, 251).
+        return isinstance(self._predictor(cfg_denoiser), PredictionFlux)
+
+    def host_vae(self, cfg_denoiser: Any) -> HostVae:
+        vae = self._engine(cfg_denoiser).forge_objects.vae
+        model = vae.first_stage_model
+        decoder = _VaeDecoder(model.post_quant_conv, model.decoder)
+        return HostVae(decoder, scale=model.scaling_factor, shift=model.shift_factor, dtype=vae.vae_dtype, identity=id(model))
+
+    def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
+        from modules import sd_vae_taesd
+
+        decoder = sd_vae_taesd.decoder_model()
+        if self._taesd is None or self._taesd.decoder is not decoder:
+            self._taesd = _TaesdDecoder(decoder)
+        return self._taesd
+
+    @contextmanager
+    def differentiable(
+        self, cfg_denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        x = args[0] if args else kwargs["x"]
+        with graph_through_inference_tensors(), _previews_without_gradient():
+            leaf = x.detach().clone().requires_grad_()
+            try:
+                yield ((leaf, *args[1:]), kwargs) if args else (args, {**kwargs, "x": leaf})
+            finally:
+                leaf.requires_grad_(False)
+                sampler = cfg_denoiser.sampler
+                if isinstance(sampler.last_latent, Tensor):
+                    sampler.last_latent = sampler.last_latent.detach()
+
+    def reference_arguments(self, p: Any) -> dict[str, Any]:
+        return {"distilled_cfg_scale": p.distilled_cfg_scale}
+
+    def base_identity(self, p: Any) -> BaseIdentity:
+        from modules import sd_models
+
+        loaded = sd_models.model_data.forge_loading_parameters
+        modules = [file_identity(path) for path in loaded.get("additional_modules") or []]
+        base = super().base_identity(p)
+        # The weights may be rounded on loading; modules are text encoders and VAEs alike.
+        checkpoint = f"{base.checkpoint} {loaded.get('unet_storage_dtype')}"
+        return BaseIdentity(checkpoint, "; ".join([base.vae, *modules]))
 
     def add_text_parts(self, text: TextParts) -> list[str]:
         model = self._model()
@@ -85,8 +167,14 @@ class Forge(WebUIHost):
                 patcher.lora_patches = {key: patches for key, patches in patcher.lora_patches.items() if not _is_ours(key)}
 
     @staticmethod
-    def _unet(cfg_denoiser: Any) -> Any:
-        return cfg_denoiser.inner_model.inner_model.forge_objects.unet
+    def _engine(cfg_denoiser: Any) -> Any:
+        return cfg_denoiser.inner_model.inner_model
+
+    def _unet(self, cfg_denoiser: Any) -> Any:
+        return self._engine(cfg_denoiser).forge_objects.unet
+
+    def _predictor(self, cfg_denoiser: Any) -> Any:
+        return self._unet(cfg_denoiser).model.predictor
 
     @staticmethod
     def _model() -> Any:
@@ -99,6 +187,46 @@ class Forge(WebUIHost):
     def _text_weight(clip: Any, parameter: Tensor, key: str) -> Tensor:
         """The weight before any LoRA: a merge of the last job may still be in the parameter (backend/patcher/lora.py:300)."""
         return _dequantised(clip.patcher.lora_loader.backup.get(key, parameter))
+
+
+class _VaeDecoder(nn.Module):
+    """The decoding half of Forge's VAE (IntegratedAutoencoderKL.decode, backend/nn/vae.py:304)."""
+
+    def __init__(self, post_quant_conv: nn.Module | None, decoder: nn.Module):
+        super().__init__()
+        self.post_quant_conv, self.decoder = post_quant_conv, decoder
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+
+class _TaesdDecoder(nn.Module):
+    """TAESD as Forge has it, whose pictures are in [0, 1] (modules/sd_samplers_common.py:63)."""
+
+    def __init__(self, decoder: nn.Module):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent) * 2 - 1
+
+
+@contextmanager
+def _previews_without_gradient() -> Iterator[None]:
+    """Forge shows the last latent, and turns it into a picture in ways that a tensor with a graph does not allow."""
+    from modules import sd_samplers_common
+
+    original = sd_samplers_common.store_latent
+
+    def store_latent(decoded: Tensor) -> None:
+        with torch.inference_mode():
+            original(decoded.detach())
+
+    sd_samplers_common.store_latent = store_latent
+    try:
+        yield
+    finally:
+        sd_samplers_common.store_latent = original
 
 
 def rows_of_call(rows: int, images: int, options: Mapping[str, Any]) -> Rows:

@@ -1,0 +1,165 @@
+"""Gradients through a model whose tensors were made under inference mode, as all of Forge's are (loader.py:497, patcher/lora.py:351).
+
+    with graph_through_inference_tensors():
+        x = latent.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).sum(), x)
+
+Autograd refuses to keep an inference tensor for the way back, whatever mode it is used under. So every torch function called inside
+is given an alias instead: a normal tensor on the same memory. This holds for weights, buffers, conditionings, LoRAs that are applied on
+the fly, and what other extensions bring along; no module is touched, so there is nothing to put back.
+
+What the graph keeps is copied when, and only when, it is about to be overwritten: Forge adds in place (`x += n`, backend/nn/unet.py:240).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import TensorWeakRef
+
+WRITING_OPERATORS = frozenset(
+    f"__{operator}__"
+    for operator in (
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+        "ilshift",
+        "irshift",
+        "setitem",
+    )
+)
+
+
+@contextmanager
+def graph_through_inference_tensors() -> Iterator[None]:
+    """Have autograd record what is computed inside, also in the middle of an inference mode.
+
+    Take the gradient inside, too. Afterwards no tensor that was made inside and is still held by somebody has a graph; views are
+    the exception, they cannot be cut off.
+    """
+    recording = _Recording()
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(recording.keep, recording.kept):
+        try:
+            with recording:
+                yield
+        finally:
+            recording.cut()
+
+
+class _Kept:
+    """A tensor that the graph needs on the way back."""
+
+    def __init__(self, tensor: Tensor):
+        # Not the tensor itself: a graph that holds its own output is never freed.
+        self.tensor = tensor.detach()
+        self.version = tensor._version
+
+    def copy(self) -> None:
+        self.tensor = self.tensor.clone()
+        self.version = self.tensor._version
+
+
+class _Recording(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        # By identity, with the tensor itself: while it is held its id is not given to another.
+        self._aliases: dict[int, tuple[Tensor, Tensor]] = {}
+        # By the address of their memory: what an in-place operation on it would change.
+        self._kept: dict[int, WeakSet[_Kept]] = {}
+        self._made: list[TensorWeakRef] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__set__":  # an attribute such as data: it is the tensor itself that should have it
+            return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        # A function that goes back to inference mode makes inference tensors anyway (merge_lora_to_weight, patcher/lora.py:84).
+        if not torch.is_inference_mode_enabled():
+            args = self._usable(args)
+            given = {key: self._usable(value) for key, value in given.items()}
+        for tensor in _written(name, args, given):
+            self._copy_what_is_kept_of(tensor)
+        result = func(*args, **given)
+        self._note(result)
+        return result
+
+    def _usable(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._alias(value) if value.is_inference() else value
+        if type(value) in (tuple, list):
+            return type(value)(self._usable(item) for item in value)
+        return value
+
+    def _alias(self, tensor: Tensor) -> Tensor:
+        """One alias per tensor, so that what is written into a buffer is seen, with its graph, when the buffer is read."""
+        known = self._aliases.get(id(tensor))
+        if known is None:
+            alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+            known = self._aliases[id(tensor)] = tensor, alias
+        return known[1]
+
+    def _note(self, result: Any) -> None:
+        if isinstance(result, Tensor):
+            if result.requires_grad and result.grad_fn is not None:
+                self._made.append(TensorWeakRef(result))
+        elif isinstance(result, (tuple, list)):
+            for item in result:
+                self._note(item)
+
+    def keep(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        self._kept.setdefault(tensor.untyped_storage().data_ptr(), WeakSet()).add(kept)
+        return kept
+
+    @staticmethod
+    def kept(kept: _Kept) -> Tensor:
+        if kept.tensor._version != kept.version:
+            raise RuntimeError("A tensor that the gradient needs was overwritten in a way that could not be foreseen.")
+        return kept.tensor
+
+    def _copy_what_is_kept_of(self, tensor: Tensor) -> None:
+        for kept in self._kept.pop(tensor.untyped_storage().data_ptr(), ()):
+            kept.copy()
+
+    def cut(self) -> None:
+        """Let go of everything. Hosts keep results: the last latent, a tile buffer, what was measured."""
+        for reference in self._made:
+            tensor = reference()
+            if tensor is None or not tensor.requires_grad:
+                continue
+            if tensor._is_view():
+                continue
+            tensor.detach_()
+        self._made.clear()
+        self._aliases.clear()
+        self._kept.clear()
+
+
+def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that a torch function of this name overwrites. In-place by a positional flag (F.relu(x, True)) is not seen."""
+    targets: list[Any] = []
+    if name in WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
+        targets = [*args[:1], *(kwargs[key] for key in ("input", "self") if key in kwargs)]
+    out = kwargs.get("out")
+    targets += out if isinstance(out, (tuple, list)) else [out]
+    return [target for target in targets if isinstance(target, Tensor)]
+
+
+__all__ = ["graph_through_inference_tensors"]
