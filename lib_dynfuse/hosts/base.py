@@ -47,6 +47,7 @@ from .reference_maker import (
     activation_text,
     file_identity,
     other_tags,
+    own_random_state,
 )
 from .text_parts import TextParts, text_parts
 from .webui_patches import Seams
@@ -279,7 +280,8 @@ class WebUIHost(ABC):
         assert new.settings is not None
         assert new.request is not None
         try:
-            job.encoders = encoders = load_encoders(self.encoder_sources(), _loading_progress)
+            with own_random_state():  # a new encoder is filled with random numbers before its weights are
+                job.encoders = encoders = load_encoders(self.encoder_sources(), _loading_progress)
             references = job.references_for(new) or self._reference_maker(p, data, new.request, encoders).references()
         except EncoderError as reason:
             if _option("dynfuse_without_encoders", "stop") != "go on":

@@ -223,7 +223,7 @@ def _generate(job: Any, side: str) -> Image.Image:
     from modules.shared import state
 
     try:
-        with _own_random_state():
+        with own_random_state():
             # Not process_images: that may load another checkpoint, which the outer job has done already.
             processed = processing.process_images_inner(job)
     except Exception as error:
@@ -263,7 +263,7 @@ def _labelled(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_random_state() -> Iterator[None]:
+def own_random_state() -> Iterator[None]:
     """The outer job draws the same random numbers whether its references were made or found."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -279,4 +279,5 @@ __all__ = [
     "alone",
     "file_identity",
     "other_tags",
+    "own_random_state",
 ]

@@ -81,6 +81,7 @@ class Processing:
     comments: dict[str, int] = field(default_factory=dict)
     is_hr_pass: bool = False
     iteration: int = 0
+    number: int = 0  # of the job, from 1
     cached_c: list[Any] = field(default_factory=lambda: [None, None])
     cached_uc: list[Any] = field(default_factory=lambda: [None, None])
     sampler_name: str = "Euler"
@@ -270,6 +271,7 @@ class FakeWebUI:
 
     def process_images_inner(self, p):
         self.jobs += 1
+        p.number = self.jobs
         count = p.n_iter * p.batch_size
         p.all_prompts, p.all_negative_prompts = [p.prompt] * count, [p.negative_prompt] * count
         p.all_seeds = [p.seed + i for i in range(count)]
@@ -329,7 +331,6 @@ class FakeWebUI:
         return p.cached_c[1], p.cached_uc[1]
 
     def sample(self, p, x):
-        job = self.jobs
         sampler = self.modules["modules.sd_samplers_kdiffusion"].KDiffusionSampler(p, sample_euler)
         denoiser = self.modules["modules.sd_samplers_cfg_denoiser"].CFGDenoiser(self, sampler, p)
         denoiser.mask, denoiser.nmask = p.mask, p.nmask
@@ -338,7 +339,7 @@ class FakeWebUI:
         sigmas = sampler.get_sigmas(p, p.steps)
         try:
             for step in range(p.steps):
-                if self.interrupt_at == step and job == self.interrupt_job:
+                if self.interrupt_at == step and p.number == self.interrupt_job:
                     self.state.interrupted = True
                 if self.state.interrupted:
                     raise InterruptedException
