@@ -175,16 +175,16 @@ def test_a_guided_picture_is_that_of_a_loop_by_hand(double, loras, sources, give
     targets = Targets.of(*(encoders.embed_picture(noise_picture(seed)) for seed in (1, 2)))
     guided_sources = GuidanceSources(encoders, sources.cache)
     try:
+        results = []
         for m in (0.0, 0.01):
             ours, _ = run(pipeline, loras, guided_sources, **given, m=m, gradient=gradient, limit=0.0)
             latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
             expected = by_hand(double, loras, targets, latent, m, gradient, prediction)
             assert ours.dtype == torch.float64
-            # Without correction the difference tells how far DDIM's own rounding of alphas goes.
             torch.testing.assert_close(ours, expected.detach(), rtol=0, atol=1e-8 * float(expected.detach().abs().max()))
-            if m:
-                assert (ours - unguided).abs().max() > 1e-4 * unguided.abs().max()
-            unguided = ours
+            results.append(ours)
+        unguided, guided = results
+        assert (guided - unguided).abs().max() > 1e-4 * unguided.abs().max()
     finally:
         pipeline.scheduler = own
 
