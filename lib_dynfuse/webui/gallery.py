@@ -14,7 +14,7 @@ def gallery_html(cache: ReferenceCache) -> str:
     """The pictures used last with their prompts, and how much is kept."""
     entries = cache.entries()
     if not entries:
-        return '<p class="dynfuse-kept">No reference is kept yet.</p>'
+        return '<p class="dynfuse-kept">No picture is kept yet.</p>'
     cards = "".join(_card(entry, address) for entry in entries[:MOST_SHOWN] if (address := pictures.thumbnail_address(entry.path)))
     kept = f"{_count(len(entries))} kept, {_megabytes(cache.size())} of {cache.limit_bytes >> 20} MB"
     if len(entries) > MOST_SHOWN:
@@ -37,7 +37,7 @@ def _card(entry: Entry, address: str) -> str:
 
 
 def _count(number: int) -> str:
-    return "1 reference" if number == 1 else f"{number} references"
+    return "1 picture" if number == 1 else f"{number} pictures"
 
 
 def _megabytes(size: int) -> str:

@@ -111,19 +111,22 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 with gr.Row(elem_classes=["dynfuse-row"]):
                     for name in row:
                         add(name)
-            with gr.Row(elem_classes=["dynfuse-pair"]):
+            with gr.Row(elem_classes=["dynfuse-pair", "dynfuse-row"]):
                 for side in SIDES:
                     with gr.Row(elem_classes=["dynfuse-part"]):
                         with gr.Column(elem_classes=["dynfuse-given"], scale=0, min_width=128):
                             add(f"{side}_image")
                         with gr.Column(elem_classes=["dynfuse-choice"], min_width=160):
                             add(f"{side}_prompt")
-            add("reference_seed")
+            with gr.Row(elem_classes=["dynfuse-row"]):
+                add("reference_seed")
             with gr.Accordion("Kept references", open=False, elem_id=element("references_part"), elem_classes=["dynfuse-advanced"]):
                 with gr.Row(elem_classes=["dynfuse-cache"]):
-                    references = gr.HTML(value=kept_references, elem_id=element("references"))
-                    refresh = ToolButton("\U0001f504", elem_id=element("references_show"))
-                    clear = gr.Button("Clear", elem_id=element("references_clear"), size="sm", scale=0, min_width=60)
+                    with gr.Column(min_width=160):
+                        references = gr.HTML(value=kept_references, elem_id=element("references"))
+                    with gr.Column(elem_classes=["dynfuse-cache-buttons"], scale=0, min_width=40):
+                        refresh = ToolButton("\U0001f504", elem_id=element("references_show"))
+                        clear = gr.Button("Clear", elem_id=element("references_clear"), size="sm", min_width=40)
                 refresh.webui_tooltip = "Show what is kept now, the references used last first."
                 clear.webui_tooltip = "Remove all of them; a reference is made anew when it is needed."
                 _quietly(refresh.click, kept_references, inputs=[], outputs=[references])

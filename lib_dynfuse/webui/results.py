@@ -23,6 +23,9 @@ from . import options, pictures
 # What the host saves of an image besides the image itself (modules/processing.py, images.save_image(..., suffix=)).
 _OTHER_SAVES = ("-before-highres-fix", "-before-face-restoration", "-before-color-correction", "-mask", "-mask-composite", "-init-image")
 
+# About as wide as the panel: its letters are then read as they were drawn.
+CURVE_WIDTH = 640
+
 
 @dataclass(frozen=True)
 class _SeenReference:
@@ -77,7 +80,11 @@ def save_beside(filename: str, passes: Sequence[FusionPass]) -> None:
     stem = os.path.splitext(filename)[0]
     if not options.saves_map() or stem.endswith(_OTHER_SAVES) or os.path.basename(stem).startswith("grid-"):
         return
-    drawn = [picture for p in passes for picture in (_map(p.trace, p.settings), _curve(_record(p))) if picture is not None]
+    drawn: list[Image.Image] = []
+    for p in passes:
+        selection = _map(p.trace, p.settings)
+        similarities = _curve(_record(p), CURVE_WIDTH if selection is None else selection.width)
+        drawn += [picture for picture in (selection, similarities) if picture is not None]
     if drawn:
         _stacked(drawn).save(f"{stem}-dynfuse.png")
 
@@ -102,8 +109,8 @@ def _map(trace: Trace | None, settings: FuseSettings | None) -> Image.Image | No
     return selection_map.draw(trace, settings.subject, settings.style)
 
 
-def _curve(record: GuidanceRecord | None) -> Image.Image | None:
-    return curve.draw(record) if record is not None and record.steps else None
+def _curve(record: GuidanceRecord | None, width: int = CURVE_WIDTH) -> Image.Image | None:
+    return curve.draw(record, width) if record is not None and record.steps else None
 
 
 def _pass_html(p: _Seen) -> str:

@@ -24,7 +24,7 @@ def keep(cache, prompt, side="subject", used=None):
 
 
 def test_an_empty_cache_says_so(cache):
-    assert "No reference is kept yet" in gallery_html(cache)
+    assert "No picture is kept yet" in gallery_html(cache)
 
 
 def test_references_are_shown_with_side_and_prompt_the_last_used_first(cache):
@@ -34,7 +34,7 @@ def test_references_are_shown_with_side_and_prompt_the_last_used_first(cache):
     assert page.count("data:image/jpeg;base64,") == 2
     assert page.index("new ink") < page.index("an old dog")
     assert "<b>Style</b>" in page
-    assert "2 references kept, 0.0 of 32 MB" in page
+    assert "2 pictures kept, 0.0 of 32 MB" in page
 
 
 def test_a_prompt_is_text_and_no_page(cache):
@@ -52,7 +52,7 @@ def test_of_many_only_the_last_used_are_shown(cache):
     page = gallery_html(cache)
     assert page.count("<img") == MOST_SHOWN
     assert "dog 2;" not in page
-    assert f"{MOST_SHOWN + 3} references kept" in page
+    assert f"{MOST_SHOWN + 3} pictures kept" in page
     assert f"the {MOST_SHOWN} used last" in page
 
 
@@ -66,6 +66,6 @@ def test_clearing_says_what_was_removed(cache):
     keep(cache, "a dog")
     keep(cache, "ink", "style")
     page = cleared_html(cache)
-    assert "2 references removed" in page
-    assert "No reference is kept yet" in page
+    assert "2 pictures removed" in page
+    assert "No picture is kept yet" in page
     assert cache.size() == 0

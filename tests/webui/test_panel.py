@@ -135,13 +135,13 @@ def references(webui, host):
 
 def test_the_kept_references_are_shown_and_cleared(references, host):
     refresh, clear, opened = references
-    assert refresh() == opened() == '<p class="dynfuse-kept">No reference is kept yet.</p>'
+    assert refresh() == opened() == '<p class="dynfuse-kept">No picture is kept yet.</p>'
     host.reference_cache.keep_picture(Image.new("RGB", (20, 10), "red"))
-    assert "1 reference kept" in refresh()
+    assert "1 picture kept" in refresh()
     assert refresh().count("<img") == 1
-    assert "1 reference removed" in clear()
+    assert "1 picture removed" in clear()
     assert host.reference_cache.size() == 0
-    assert "0 references removed" in clear()
+    assert "0 pictures removed" in clear()
 
 
 def test_a_finished_job_shows_its_result_and_the_references_it_left(webui, host):
@@ -152,7 +152,7 @@ def test_a_finished_job_shows_its_result_and_the_references_it_left(webui, host)
     host.reference_cache.keep_picture(Image.new("RGB", (20, 10)))
     result, references = after_job()
     assert result == "<p>map</p>"
-    assert "1 reference kept" in references
+    assert "1 picture kept" in references
 
 
 @pytest.fixture

@@ -142,6 +142,6 @@ def test_the_curve_is_saved_under_the_map(saving):
     results.save_beside(str(saving / "map.png"), [fusion_pass()])
     results.save_beside(str(saving / "both.png"), [fusion_pass(guidance=guidance())])
     with Image.open(saving / "map-dynfuse.png") as one, Image.open(saving / "both-dynfuse.png") as both:
-        drawn = curve.draw(record())
-        assert both.height == one.height + drawn.height
-        assert both.crop((0, one.height, drawn.width, both.height)).tobytes() == drawn.tobytes()
+        drawn = curve.draw(record(), one.width)
+        assert both.size == (one.width, one.height + drawn.height)
+        assert both.crop((0, one.height, *both.size)).tobytes() == drawn.tobytes()
