@@ -38,8 +38,10 @@ from ..lora.matching import SiteBranch
 from ..lora.naming import Site, flat
 from ..settings import FuseSettings
 from .diffusers_guidance import GuidanceSources, GuidedCall, NoDecoderError, guidance_decoders
-from .diffusers_references import Job, alone, influential, reference_key, reference_prompt, wanted_sides
+from .diffusers_references import Job, influential, reference_key, reference_prompt
 from .diffusers_schedulers import SchedulerError, SchedulerSteps
+from .guided_pass import sides_needed
+from .reference_maker import alone
 from .wrapping import wrapped
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
@@ -182,7 +184,7 @@ class FusedPipeline:
     ) -> tuple[GuidedCall | None, list[Reference]]:
         """The guidance of a call and its references; none where the settings or missing encoders leave it out."""
         settings = self.settings
-        sides = wanted_sides(settings)
+        sides = sides_needed(settings)
         if not settings.guidance or settings.m == 0 or not sides:
             return None, []
         try:
@@ -215,7 +217,7 @@ class FusedPipeline:
         key = reference_key(side, settings, lora, prompt, job, self.pipeline, encoders.identity)
         if (known := cache.get(key)) is not None:
             return known
-        made = FusedPipeline(self.pipeline, self.subject, self.style, alone(side, settings))(
+        made = FusedPipeline(self.pipeline, self.subject, self.style, alone(settings, side))(
             prompt,
             negative_prompt=job.negative_prompt,
             seeds=[job.seed],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..guidance.decode import SMALL_PIXELS, LatentDecoder, VaeDecoder, private_copy
 from ..guidance.encoders import Encoders
-from ..guidance.guide import GuidanceRecord, Guide
+from ..guidance.guide import GuidanceRecord, Guide, is_out_of_memory
 from ..guidance.references import ReferenceCache
 from ..guidance.score import Targets
 from ..guidance.weights import EncoderSources, Progress
@@ -110,7 +110,7 @@ class GuidedCall:
             output = forward(torch.cat([rows] * (latent.shape[0] // images)))
         except (RuntimeError, MemoryError) as error:
             torch.set_grad_enabled(grad_enabled)
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             self._leaf = leaf
@@ -209,10 +209,6 @@ def _without_weight_gradients(*networks: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 __all__ = ["GuidanceSources", "GuidedCall", "NoDecoderError", "guidance_decoders"]

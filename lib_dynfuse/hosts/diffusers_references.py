@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from ..guidance.references import ReferenceKey
 from ..lora import LoraFile
 from ..settings import FuseSettings
+from .reference_maker import activation_text
 
 # Values of each weight tensor that go into a model's fingerprint: a finetune or a merged LoRA changes nearly all of them.
 _VALUES_PER_TENSOR = 1024
@@ -36,31 +36,9 @@ class Job:
     more: Mapping[str, Any]
 
 
-def alone(side: str, settings: FuseSettings) -> FuseSettings:
-    """The settings of a reference: that side's LoRA at its strength, in every layer that it touches, and the other's at none."""
-    strengths = {"subject_weight": 0.0, "style_weight": 0.0, f"{side}_weight": getattr(settings, f"{side}_weight")}
-    return FuseSettings(method="direct", te_weight=settings.te_weight, **strengths)
-
-
-def wanted_sides(settings: FuseSettings) -> list[str]:
-    """The sides whose reference counts in the score."""
-    sides = {"subject": settings.content_weight, "style": settings.style_clip_weight + settings.style_dino_weight}
-    return [side for side, weight in sides.items() if weight > 0]
-
-
 def reference_prompt(side: str, settings: FuseSettings, lora: LoraFile, prompt: str) -> str:
     """The side's own prompt, else its LoRA's activation text, else the job's prompt."""
-    return getattr(settings, f"{side}_prompt") or activation_text(lora.path) or prompt
-
-
-def activation_text(lora: Path) -> str:
-    """What WebUIs keep as "activation text" in the .json beside a LoRA; empty where there is none."""
-    try:
-        about = json.loads(lora.with_suffix(".json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return ""
-    text = about.get("activation text") if isinstance(about, dict) else None
-    return text.strip() if isinstance(text, str) else ""
+    return getattr(settings, f"{side}_prompt") or activation_text(str(lora.path)) or prompt
 
 
 def reference_key(side: str, settings: FuseSettings, lora: LoraFile, prompt: str, job: Job, pipeline: Any, encoders: str) -> ReferenceKey:
@@ -129,11 +107,8 @@ def _digest(*texts: str) -> str:
 
 __all__ = [
     "Job",
-    "activation_text",
-    "alone",
     "fingerprint",
     "influential",
     "reference_key",
     "reference_prompt",
-    "wanted_sides",
 ]
