@@ -117,7 +117,7 @@ class _Recording(TorchFunctionMode):
 
     def _note(self, result: Any) -> None:
         if isinstance(result, Tensor):
-            if result.requires_grad and result.grad_fn is not None:
+            if result.requires_grad:
                 self._made.append(TensorWeakRef(result))
         elif isinstance(result, (tuple, list)):
             for item in result:
@@ -142,24 +142,20 @@ class _Recording(TorchFunctionMode):
         """Let go of everything. Hosts keep results: the last latent, a tile buffer, what was measured."""
         for reference in self._made:
             tensor = reference()
-            if tensor is None or not tensor.requires_grad:
-                continue
-            if tensor._is_view():
-                continue
-            tensor.detach_()
+            if tensor is not None and not tensor._is_view():
+                tensor.detach_()
         self._made.clear()
         self._aliases.clear()
         self._kept.clear()
 
 
 def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that a torch function of this name overwrites. In-place by a positional flag (F.relu(x, True)) is not seen."""
-    targets: list[Any] = []
+    """The tensors that a torch function of this name overwrites."""
+    targets: list[Any] = [kwargs.get("out")]
     if name in WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
-        targets = [*args[:1], *(kwargs[key] for key in ("input", "self") if key in kwargs)]
-    out = kwargs.get("out")
-    targets += out if isinstance(out, (tuple, list)) else [out]
-    return [target for target in targets if isinstance(target, Tensor)]
+        targets += [*args[:1], kwargs.get("input")]
+    flat = [item for target in targets for item in (target if isinstance(target, (tuple, list)) else [target])]
+    return [target for target in flat if isinstance(target, Tensor)]
 
 
 __all__ = ["graph_through_inference_tensors"]

@@ -1,4 +1,5 @@
-"""Forge dfdcbab, as far as DynFuse touches it: LoRAs kept as patches until a model is loaded, unconditional rows first."""
+"""Forge dfdcbab, as far as DynFuse touches it: LoRAs kept as patches until a model is loaded, unconditional rows first, and every weight
+an inference tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .models import TextEncoder, UNet
-from .webui import FakeWebUI
+from .webui import SCALE, FakeWebUI, decoder
 
 COND, UNCOND = 0, 1
 
@@ -78,6 +79,19 @@ class ModelPatcher:
         return set(kept)
 
 
+class UnetPatcher(ModelPatcher):
+    extra_preserved_memory_during_sampling = 0
+
+    def clone(self):
+        copy = UnetPatcher(self.model, self.lora_loader)
+        copy.lora_patches = self.lora_patches.copy()
+        copy.extra_preserved_memory_during_sampling = self.extra_preserved_memory_during_sampling
+        return copy
+
+    def add_extra_preserved_memory_during_sampling(self, memory_in_bytes):
+        self.extra_preserved_memory_during_sampling += memory_in_bytes
+
+
 class CLIP:
     def __init__(self, encoders=None):
         if encoders is not None:
@@ -95,15 +109,37 @@ class CLIP:
 
 class ForgeObjects(types.SimpleNamespace):
     def shallow_copy(self):
-        return ForgeObjects(unet=self.unet, clip=self.clip)
+        return ForgeObjects(unet=self.unet, clip=self.clip, vae=self.vae)
+
+
+class Prediction(nn.Module):
+    prediction_type = "epsilon"
+
+
+class PredictionDiscreteFlow(nn.Module):
+    prediction_type = "const"
+
+
+class PredictionFlux(nn.Module):
+    prediction_type = "const"
 
 
 class KModel(nn.Module):
-    storage_dtype = torch.float32
+    storage_dtype = computation_dtype = torch.float32
 
-    def __init__(self, diffusion_model):
+    def __init__(self, diffusion_model, predictor):
         super().__init__()
-        self.diffusion_model = diffusion_model
+        self.diffusion_model, self.predictor = diffusion_model, predictor
+
+
+class IntegratedAutoencoderKL(nn.Module):
+    """backend/nn/vae.py: an encoder too, which nobody here needs."""
+
+    scaling_factor, shift_factor = SCALE, 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.post_quant_conv = nn.Identity(), decoder(), None
 
 
 class FakeForge(FakeWebUI):
@@ -115,13 +151,19 @@ class FakeForge(FakeWebUI):
         self.module("backend.patcher.clip", CLIP=CLIP)
         self.module("backend.operations", get_weight_and_bias=get_weight_and_bias)
         self.module("backend.args", dynamic_args={})
+        self.module("backend.modules.k_prediction", PredictionFlux=PredictionFlux)
+        self.modules["modules.sd_samplers_common"].store_latent = self.store_latent
+        self.modules["modules.sd_models"].model_data.forge_loading_parameters = {"additional_modules": [], "unet_storage_dtype": None}
         self.shared.sd_model = self.checkpoint("base", seed=0)
 
-    def checkpoint(self, filename, seed, **kwargs):
+    @torch.inference_mode()
+    def checkpoint(self, filename, seed, predictor=Prediction, **kwargs):
         """A diffusion engine as modules.sd_models loads it."""
-        unet, clip = ModelPatcher(KModel(UNet(seed, Linear, **kwargs))), CLIP({"clip_l": TextEncoder(Linear)})
-        objects = ForgeObjects(unet=unet, clip=clip)
+        unet, clip = UnetPatcher(KModel(UNet(seed, Linear, **kwargs), predictor())), CLIP({"clip_l": TextEncoder(Linear)})
+        vae = types.SimpleNamespace(first_stage_model=IntegratedAutoencoderKL(), vae_dtype=torch.float32)
+        objects = ForgeObjects(unet=unet, clip=clip, vae=vae)
         return types.SimpleNamespace(
+            sd_checkpoint_info=types.SimpleNamespace(filename=filename),
             forge_objects=objects,
             forge_objects_original=objects.shallow_copy(),
             forge_objects_after_applying_lora=objects.shallow_copy(),
@@ -182,6 +224,11 @@ class FakeForge(FakeWebUI):
         clip.patcher.lora_loader.refresh(clip.patcher.lora_patches)
         return torch.stack([clip.cond_stage_model["clip_l"]([text])[0] for text in texts])
 
+    def store_latent(self, decoded):
+        """modules/sd_samplers_common.py, with previews: they go by way of numpy."""
+        self.state.current_latent = decoded
+        self.state.preview = decoded.numpy().copy()
+
     def denoiser_class(self):
         return CFGDenoiser
 
@@ -207,6 +254,8 @@ class CFGDenoiser(nn.Module):
     def __init__(self, webui, sampler, p):
         super().__init__()
         self.webui, self.sampler, self.p, self.step = webui, sampler, p, 0
+        self.mask = self.nmask = None
+        self.classic_ddim_eps_estimation = False
 
     @property
     def inner_model(self):
@@ -235,6 +284,8 @@ class CFGDenoiser(nn.Module):
             for kind, rows in zip(kinds, (latents - out).chunk(len(batch))):
                 sums[kind] += rows / (parts if kind == COND else 1)
         denoised = sums[COND] if cond_scale == 1.0 else sums[UNCOND] + cond_scale * (sums[COND] - sums[UNCOND])
+        self.sampler.last_latent = denoised
+        common.store_latent(denoised)
         self.p.hook("cfg_after_cfg")
         self.step += 1
         return denoised

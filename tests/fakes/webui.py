@@ -80,6 +80,7 @@ class Processing:
     extra_generation_params: dict[str, Any] = field(default_factory=dict)
     comments: dict[str, int] = field(default_factory=dict)
     is_hr_pass: bool = False
+    distilled_cfg_scale: float = 3.5  # Forge only
     iteration: int = 0
     number: int = 0  # of the job, from 1
     cached_c: list[Any] = field(default_factory=lambda: [None, None])
