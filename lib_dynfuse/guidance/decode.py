@@ -7,13 +7,13 @@ autograd at all; private_copy makes a decoder that can.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # The "small" decoder's picture: about what the encoders see (224 x 224), for a sixteenth of the work of a picture of 1024 x 1024.
@@ -64,9 +64,14 @@ class VaeDecoder:
 
     def __call__(self, latent: Tensor) -> Tensor:
         small = latent.float() if latent.dtype != torch.float64 else latent
-        height, width = self.latent_size(latent.shape[-2], latent.shape[-1])
-        if (height, width) != tuple(latent.shape[-2:]):
-            small = F.interpolate(small, size=(height, width), mode="area")
+        height, width = latent.shape[-2:]
+        small_height, small_width = self.latent_size(height, width)
+        # Matrix products instead of F.interpolate(mode="area"): its backward on CUDA adds up in any order where the sizes do not divide,
+        # so that no picture could be made again to the pixel, and on MPS such sizes are refused.
+        if small_width != width:
+            small = small @ _area(width, small_width, small.dtype, small.device).T
+        if small_height != height:
+            small = _area(height, small_height, small.dtype, small.device) @ small
         pictures = self.decode((small / self.scale + self.shift).to(self.dtype))
         return pictures if pictures.dtype == torch.float64 else pictures.float()
 
@@ -85,6 +90,18 @@ class VaeDecoder:
         if ratio >= 1:
             return height, width
         return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+# Kept on the device: a copy from ordinary memory makes the host wait for all that the device has been given to do.
+@functools.lru_cache(maxsize=16)
+def _area(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights (size, length) that average `length` pixels to `size`, each pixel by the part of it that a larger one covers."""
+    with torch.inference_mode(False):
+        scale = length / size
+        start = torch.arange(size, dtype=torch.float64)[:, None] * scale
+        pixel = torch.arange(length, dtype=torch.float64)[None]
+        covered = torch.minimum(pixel + 1, start + scale) - torch.maximum(pixel, start)
+        return (covered.clamp_min(0) / scale).to(device, dtype)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

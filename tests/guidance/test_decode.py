@@ -73,6 +73,15 @@ class TestSmall:
         small = VaeDecoder(nn.Identity(), pixels=128)(latent)
         torch.testing.assert_close(small, latent.reshape(1, 4, 16, 4, 16, 4).mean((3, 5)))
 
+    @pytest.mark.parametrize(("height", "width"), [(24, 39), (37, 24), (104, 152)])
+    def test_so_it_is_where_the_sizes_do_not_divide(self, height, width):
+        latent, decoder = latents(2, 4, height, width), VaeDecoder(nn.Identity(), pixels=128)
+        small_height, small_width = decoder.latent_size(height, width)
+        # Each pixel cut into as many parts as there are smaller pixels: then the sizes divide.
+        parts = latent.double().repeat_interleave(small_height, 2).repeat_interleave(small_width, 3)
+        expected = parts.reshape(2, 4, small_height, height, small_width, width).mean((3, 5))
+        torch.testing.assert_close(decoder(latent), expected.float())
+
     def test_a_vae_of_another_factor_gives_a_picture_of_that_size(self):
         decoder = VaeDecoder(Decoder(factor=16).eval(), pixels=256, factor=16)
         assert decoder(latents(1, 4, 64, 64)).shape[-2:] == (256, 256)
