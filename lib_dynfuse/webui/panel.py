@@ -59,7 +59,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
     """Build the accordion inside the current gradio context. tab: "txt2img" or "img2img"; it keeps element ids apart."""
     # Looked up at each build: Reload UI may reload the host's ui modules (initialize.py, initialize_rest).
     from modules.ui_common import create_refresh_button
-    from modules.ui_components import InputAccordion, ToolButton
+    from modules.ui_components import InputAccordion
 
     def element(name: str) -> str:
         return f"dynfuse_{tab}_{name}"
@@ -125,7 +125,8 @@ def build(tab: str, host: WebUIHost) -> Panel:
                     with gr.Column(min_width=160):
                         references = gr.HTML(value=kept_references, elem_id=element("references"))
                     with gr.Column(elem_classes=["dynfuse-cache-buttons"], scale=0, min_width=40):
-                        refresh = ToolButton("\U0001f504", elem_id=element("references_show"))
+                        # The look of the WebUI's own small buttons, without the frame that its ToolButton brings.
+                        refresh = gr.Button("\U0001f504", elem_id=element("references_show"), elem_classes=["tool"], min_width=40)
                         clear = gr.Button("Clear", elem_id=element("references_clear"), size="sm", min_width=40)
                 refresh.webui_tooltip = "Show what is kept now, the references used last first."
                 clear.webui_tooltip = "Remove all of them; a reference is made anew when it is needed."
