@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_dynfuse generate | demo | inspect | bench`.
+"""The command line: `python -m lib_dynfuse generate | demo | inspect | cache | bench`.
 
 A mistake of the user or a file that cannot be used: one sentence on standard error, exit code 2.
 """
@@ -8,13 +8,18 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from PIL import Image, ImageOps
 
 from .fusion import FusionError
+from .guidance.references import ReferenceCache
+from .guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderSources
+from .home import VARIABLE, encoders_folder, references_folder
 from .lora import LoraError
 from .settings import FuseSettings, SettingsError, field_metadata, field_types, format_value, parse_value
 
@@ -40,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("diffusers", "transformers", "accelerate", "tqdm"):
+        if package not in ("diffusers", "transformers", "accelerate", "tqdm", "open_clip"):
             raise
-        return _refused(f"This command needs the package {package}, which is not installed: pip install diffusers transformers accelerate")
+        return _refused(
+            f"This command needs the package {package}, which is not installed: "
+            "pip install diffusers transformers accelerate open_clip_torch"
+        )
     except torch.cuda.OutOfMemoryError:
         return _refused("The GPU's memory is too small for this: try a smaller --size, a smaller --batch-size or --dtype float16.")
-    except (LoraError, SettingsError, FusionError) as error:
+    except (LoraError, SettingsError, FusionError, EncoderError) as error:
         return _refused(str(error))
     except OSError as error:
         return _refused(f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.")
@@ -81,7 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("files", nargs="+", metavar="FILE", help="LoRA file")
     inspect.set_defaults(run=_inspect)
 
-    commands.add_parser("bench", help="measure what the fusion costs on this machine")
+    cache = commands.add_parser("cache", help="the reference pictures that are kept; --clear removes them")
+    cache.add_argument("--clear", action="store_true", help="remove all of them")
+    _add_cache(cache)
+    cache.set_defaults(run=_cache)
+
+    commands.add_parser("bench", help="measure what the fusion and the guidance cost on this machine, and what the guidance gains")
     return parser
 
 
@@ -119,7 +132,36 @@ def _add_generate(commands: Any) -> None:
     for name in field_types():
         if name not in _FILE_FIELDS:
             _add_setting(fusion, name)
+    _add_guidance_files(generate.add_argument_group("encoders and references of the guidance"))
     generate.set_defaults(run=_generate)
+
+
+def _add_guidance_files(group: Any) -> None:
+    add = group.add_argument
+    add("--clip-model", default=CLIP_DEFAULT, metavar="C", help="open_clip model (ARCHITECTURE/TAG), or a folder or ARCHITECTURE=FILE with "
+        f"one (default: {CLIP_DEFAULT})")  # fmt: skip
+    add("--dino-model", default=DINO_DEFAULT, metavar="D", help=f"ViT on the hub, or a folder with one (default: {DINO_DEFAULT})")
+    add("--encoders", type=Path, metavar="DIR", help=f"folder where the encoders are looked for and downloaded to (default: "
+        f"{_shown(encoders_folder())}; the variable {VARIABLE} names another place)")  # fmt: skip
+    add("--offline", action="store_true", help="download nothing for the guidance")
+    add("--without-encoders", choices=("stop", "go-on"), default="stop", help="what to do when the encoders cannot be had: stop, or make "
+        "the picture without guidance (default: stop)")  # fmt: skip
+    add("--taesd", type=Path, metavar="DIR", help="diffusers folder of an AutoencoderTiny for the model, for --decoder taesd")
+    _add_cache(group)
+
+
+def _add_cache(group: Any) -> None:
+    group.add_argument("--cache", type=Path, metavar="DIR", help=f"folder of the reference pictures (default: "
+        f"{_shown(references_folder())})")  # fmt: skip
+
+
+def _shown(path: Path) -> str:
+    """With "~" for the user's own folder."""
+    try:
+        shown = str(Path("~") / path.relative_to(Path.home()))
+    except (ValueError, RuntimeError):
+        shown = str(path)
+    return shown.replace("%", "%%")
 
 
 def _add_setting(group: Any, name: str) -> None:
@@ -140,8 +182,11 @@ def option_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def settings_of(options: argparse.Namespace) -> FuseSettings:
-    """The fusion settings that were given. Raises SettingsError, naming the option."""
+def settings_of(options: argparse.Namespace, cache: ReferenceCache | None = None) -> FuseSettings:
+    """The settings that were given. Raises SettingsError, naming the option; OSError for a picture that cannot be read.
+
+    cache: where given pictures are kept; None for the user's own.
+    """
     values: dict[str, Any] = {}
     if options.weights:
         values = {
@@ -149,9 +194,29 @@ def settings_of(options: argparse.Namespace) -> FuseSettings:
         }
     for name in field_types():
         text = getattr(options, f"setting_{name}", None)
-        if text is not None:
+        if text is not None and field_metadata(name)["picture"]:
+            values[name] = _kept_picture(text, option_of(name), cache or ReferenceCache(references_folder()))
+        elif text is not None:
             values[name] = _typed(name, text, option_of(name))
-    return FuseSettings(**values)
+    try:
+        return FuseSettings(**values)
+    except SettingsError as error:  # about two of them
+        raise SettingsError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
+
+
+def _kept_picture(file: str, option: str, cache: ReferenceCache) -> str:
+    """The digits that stand for a file's picture."""
+    if not file:
+        return ""
+    try:
+        with open(file, "rb") as content, Image.open(content) as picture:
+            return cache.keep_picture(ImageOps.exif_transpose(picture))
+    except FileNotFoundError:
+        raise SettingsError(f"{option}: there is no file {file}.") from None
+    except PermissionError:
+        raise
+    except Exception:  # a damaged picture raises whatever its bytes happen to mean
+        raise SettingsError(f"{option}: {file} is no picture.") from None
 
 
 def _typed(name: str, text: str, option: str) -> Any:
@@ -164,7 +229,8 @@ def _typed(name: str, text: str, option: str) -> Any:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    settings = settings_of(options)
+    cache = _cache_of(options)
+    settings = settings_of(options, cache)
     from . import generate
 
     return generate.run(
@@ -185,8 +251,41 @@ def _generate(options: argparse.Namespace) -> int:
             device=options.device,
             dtype=DTYPES[options.dtype] if options.dtype else None,
             config=options.config,
+            encoders=EncoderSources(
+                options.encoders or encoders_folder(), options.clip_model, options.dino_model, download=not options.offline
+            ),
+            go_on_without_encoders=options.without_encoders == "go-on",
+            taesd=options.taesd,
+            cache=cache,
         )
     )
+
+
+def _cache_of(options: argparse.Namespace) -> ReferenceCache:
+    return ReferenceCache(options.cache or references_folder())
+
+
+def _cache(options: argparse.Namespace) -> int:
+    cache = _cache_of(options)
+    if options.clear:
+        size = cache.size()
+        print(f"Removed from {cache.folder}: {_pictures(cache.clear())} ({_mebibytes(size)}).")
+        return 0
+    entries = cache.entries()
+    for entry in entries:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time))
+        print(f"{when}  {entry.side:<8} {_mebibytes(entry.bytes):>9}  {entry.path.name}  {entry.prompt}".rstrip())
+    limit = _mebibytes(cache.limit_bytes)
+    print(f"Kept in {cache.folder}: {_pictures(len(entries))} ({_mebibytes(cache.size())} of at most {limit}).")
+    return 0
+
+
+def _pictures(count: int) -> str:
+    return f"{count} picture{'' if count == 1 else 's'}"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / (1 << 20):.1f} MiB"
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -8,19 +8,26 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from .fusion import FusionError, Trace
-from .fusion.selection_map import draw
+from .fusion import FusionError, Trace, selection_map
+from .guidance import curve
+from .guidance.encoders import Encoders, load_encoders
+from .guidance.references import ReferenceCache
+from .guidance.weights import EncoderError, EncoderSources
+from .home import encoders_folder, references_folder
 from .lora import LoraFile, compatible, read_lora
 from .settings import FuseSettings
 from .webui import infotext
+
+if TYPE_CHECKING:  # imports diffusers, which is not everywhere
+    from .hosts.diffusers import FusedImages
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class Request:
     """What to generate. model, config: as load_pipeline takes them. subject, style: paths of LoRA files.
 
     size: width and height in pixels, None for the model's own. cfg_scale: None for the pipeline's default. seed: of the first
-    image, the next one's is one higher; -1 for a random one. batch: images made at once. dtype: None for the device's best.
+    image, the next one's is one higher; -1 for a random one. batch: images made at once. dtype: None for the device's best. encoders,
+    go_on_without_encoders, cache: as GuidanceSources takes them; taesd: a folder with an AutoencoderTiny.
     """
 
     model: Path
@@ -47,28 +55,38 @@ class Request:
     device: str | None = None
     dtype: torch.dtype | None = None
     config: Path | None = None
+    encoders: EncoderSources = field(default_factory=lambda: EncoderSources(encoders_folder()))
+    go_on_without_encoders: bool = False
+    taesd: Path | None = None
+    cache: ReferenceCache = field(default_factory=lambda: ReferenceCache(references_folder()))
 
 
 def run(request: Request) -> int:
     """Generate, with progress on standard error and the files' names on standard output. Returns the exit code.
 
-    Raises LoraError, FusionError, PipelineError or OSError with a sentence for the user.
+    Raises LoraError, FusionError, PipelineError, EncoderError, SettingsError or OSError with a sentence for the user.
     """
     subject, style = read_lora(request.subject), read_lora(request.style)
     if reason := compatible(subject, style):  # before gigabytes are loaded
         raise FusionError(reason)
+    encoders = _encoders(request)
     request.out.mkdir(parents=True, exist_ok=True)
 
-    from .hosts.diffusers import FusedPipeline, load_pipeline
+    from .hosts.diffusers import FusedPipeline, GuidanceSources, load_pipeline, load_taesd
 
+    taesd = load_taesd(request.taesd) if request.taesd else None
     pipeline = load_pipeline(request.model, device=request.device, dtype=request.dtype, config=request.config)
-    settings = replace(request.settings, subject=subject.name, style=style.name)
-    fused = FusedPipeline(pipeline, subject, style, settings)
     first = request.seed if request.seed >= 0 else secrets.randbelow(2**32 - request.images)
     seeds = list(range(first, first + request.images))
+    settings = replace(request.settings, subject=subject.name, style=style.name)
+    if settings.guidance and settings.reference_seed < 0:
+        # One pair of references for all images; each image's settings name their seed, so that it can be made again alone.
+        settings = replace(settings, reference_seed=first)
+    sources = GuidanceSources(encoders, request.cache, taesd, request.go_on_without_encoders)
+    fused = FusedPipeline(pipeline, subject, style, settings, sources)
     width, height = request.size or (None, None)
     notes: dict[str, None] = {}
-    with tqdm(total=request.steps * -(-len(seeds) // request.batch), unit="step") as bar:
+    with tqdm(total=request.steps * -(-len(seeds) // request.batch), unit="step") as bar, _Bars() as bars:
         for start in range(0, len(seeds), request.batch):
             batch = seeds[start : start + request.batch]
             made = fused(
@@ -80,6 +98,7 @@ def run(request: Request) -> int:
                 width=width,
                 height=height,
                 progress=_progress(bar, len(seeds), request.batch),
+                reference_progress=lambda side, done, total: bars.show(f"Reference picture of the {side}", done, total, "step"),
             )
             notes.update(dict.fromkeys(made.notes))
             for position, (seed, image) in enumerate(zip(batch, made.images, strict=True)):
@@ -90,11 +109,38 @@ def run(request: Request) -> int:
                 image.save(path, pnginfo=information)
                 with tqdm.external_write_mode():
                     print(path)
-                if made.trace.measured.any():
-                    draw(trace_of_image(made.trace, position), subject.name, style.name).save(path.with_name(f"{path.stem}-dynfuse.png"))
+                _save_beside(path, made, position, (subject.name, style.name), with_references=seed == first)
     for note in notes:
         print(f"Note: {note}", file=sys.stderr)
     return 0
+
+
+def _encoders(request: Request) -> EncoderSources | Encoders:
+    """The encoders, before the model is loaded: what is missing is said, or downloaded, at once. Raises EncoderError."""
+    settings = request.settings
+    if not settings.guidance or not settings.m:
+        return request.encoders
+    try:
+        with _Bars() as bars:
+            return load_encoders(request.encoders, lambda what, done, total: bars.show(what, done, total, "B"))
+    except EncoderError:
+        if not request.go_on_without_encoders:
+            raise
+    return request.encoders
+
+
+def _save_beside(path: Path, made: FusedImages, image: int, names: tuple[str, str], *, with_references: bool) -> None:
+    """The selection map, the curve of the similarities and the references, under the image's name."""
+
+    def beside(what: str) -> Path:
+        return path.with_name(f"{path.stem}-dynfuse{what}.png")
+
+    if made.trace.measured.any():
+        selection_map.draw(trace_of_image(made.trace, image), *names).save(beside(""))
+    if made.guidance is not None and made.guidance.steps:
+        curve.draw(replace(made.guidance, similarities=made.guidance.similarities[:, :, image : image + 1])).save(beside("-curve"))
+    for reference in made.references if with_references else ():
+        reference.picture.save(beside(f"-{reference.side}"))
 
 
 def infotext_fields(
@@ -146,6 +192,36 @@ def next_path(folder: Path, seed: int) -> Path:
 def trace_of_image(trace: Trace, image: int) -> Trace:
     """The part of a batch's trace that belongs to one image."""
     return replace(trace, winners=trace.winners[:, :, image : image + 1], divergences=trace.divergences[:, :, image : image + 1])
+
+
+class _Bars:
+    """A progress bar for each of a series of things, one after the other."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._what = ""
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def show(self, what: str, done: int, total: int, unit: str) -> None:
+        """unit: "step", or "B" for bytes."""
+        if what != self._what or self._bar is None:
+            self._close()
+            self._what = what
+            self._bar = tqdm(desc=what, total=total or None, unit=unit, unit_scale=unit == "B", leave=unit == "B")
+        self._bar.total = total or None
+        self._bar.update(done - self._bar.n)
+        if total and done >= total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
 
 
 def _progress(bar: Any, images: int, batch: int) -> Any:

@@ -81,7 +81,7 @@ def test_the_help_explains_every_setting_and_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    assert all(command in text for command in ("generate", "demo", "inspect", "bench"))
+    assert all(command in text for command in ("generate", "demo", "inspect", "cache", "bench"))
 
 
 @pytest.mark.parametrize(
@@ -260,6 +260,114 @@ def test_the_infotext_names_the_loras_by_the_hash_that_webuis_know(tiny):
     content = (tiny / "watercolor.safetensors").read_bytes()
     header = int.from_bytes(content[:8], "little")
     assert lora_hash(tiny / "watercolor.safetensors") == hashlib.sha256(content[8 + header :]).hexdigest()[:12]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Options that name two small encoders."""
+    from tests.fakes.encoders import write_clip, write_dino
+
+    folder = tmp_path_factory.mktemp("encoders")
+    return {"clip_model": write_clip(folder / "clip"), "dino_model": write_dino(folder / "dino")}
+
+
+def run_guided(tiny, out, *flags, **more):
+    options = {"size": "64x64", "steps": 2, "seed": 7, "device": "cpu", "cache": out / "kept", **more}
+    arguments = generate(tiny / "model", tiny / "dog, big.safetensors", tiny / "watercolor.safetensors", out, **options)
+    return cli.main([*map(str, arguments), "--guidance", *flags])
+
+
+def entries_of(path):
+    return parse_infotext_line(Image.open(path).text["parameters"].split("\n")[-1])
+
+
+def test_a_guided_run_shows_its_references_and_its_curves_and_can_be_made_again(tiny, encoders, tmp_path, capsys):
+    assert run_guided(tiny, tmp_path, images=2, m=3, **encoders) == 0
+    names = ["00001-7", "00002-8"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / f"{name}.png") for name in names]
+    made = {path.name for path in tmp_path.glob("*.png")}
+    images = {f"{name}{what}.png" for name in names for what in ("", "-dynfuse", "-dynfuse-curve")}
+    assert made == images | {"00001-7-dynfuse-subject.png", "00001-7-dynfuse-style.png"}
+    assert Image.open(tmp_path / "00001-7-dynfuse-style.png").size == (64, 64)
+    restored = infotext.read_settings(entries_of(tmp_path / "00002-8.png"))
+    assert restored == FuseSettings("dog, big", "watercolor", guidance=True, m=3.0, reference_seed=7)
+    before = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert len(before) == 2
+    assert run_guided(tiny, tmp_path, m=3, **{**encoders, "seed": 8, "reference_seed": 7}) == 0
+    assert Image.open(tmp_path / "00003-8.png").tobytes() == Image.open(tmp_path / "00002-8.png").tobytes()
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == before
+
+
+def test_a_picture_file_becomes_the_reference_and_the_infotext_names_it_by_digits(tiny, encoders, tmp_path):
+    Image.linear_gradient("L").save(tmp_path / "dog.jpg")
+    assert run_guided(tiny, tmp_path / "out", subject_image=tmp_path / "dog.jpg", content_weight=1, **encoders) == 0
+    settings = infotext.read_settings(entries_of(tmp_path / "out" / "00001-7.png"))
+    assert len(settings.subject_image) == 16
+    assert set(settings.subject_image) <= set("0123456789abcdef")
+    shown = Image.open(tmp_path / "out" / "00001-7-dynfuse-subject.png")
+    assert shown.size == (256, 256)
+    assert abs(shown.getpixel((5, 200))[0] - 200) < 8
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "no file"), (b"hello", "no picture")])
+def test_a_reference_that_is_no_picture_is_refused_in_a_sentence(capsys, tmp_path, content, words):
+    path = tmp_path / "dog.png"
+    if content is not None:
+        path.write_bytes(content)
+    sentence = refused(capsys, *generate(), "--style-image", path, "--cache", tmp_path / "kept")
+    assert all(word in sentence for word in ("--style-image", "dog.png", words))
+
+
+def test_missing_encoders_stop_the_run_before_anything_is_made_or_leave_the_guidance_out(tiny, tmp_path, capsys):
+    nowhere = {"encoders": tmp_path / "nowhere"}
+    assert run_guided(tiny, tmp_path / "out", "--offline", **nowhere) == 2
+    sentence = capsys.readouterr().err
+    assert sentence.count("\n") == 1
+    assert "nowhere" in sentence
+    assert not (tmp_path / "out").exists()
+    assert run_guided(tiny, tmp_path / "out", "--offline", without_encoders="go-on", **nowhere) == 0
+    assert "without guidance" in capsys.readouterr().err
+    run(tiny, tmp_path / "plain")
+    guided, plain = (Image.open(tmp_path / folder / "00001-7.png") for folder in ("out", "plain"))
+    assert guided.tobytes() == plain.tobytes()
+
+
+def test_start_after_end_is_refused(capsys):
+    assert "must not be after" in refused(capsys, *generate(), "--start", "0.6", "--end", "0.5")
+
+
+def test_the_cache_is_listed_and_cleared(tmp_path, capsys):
+    from lib_dynfuse.guidance.references import ReferenceCache
+
+    ReferenceCache(tmp_path).keep_picture(Image.new("RGB", (8, 8), "red"))
+    assert cli.main(["cache", "--cache", str(tmp_path)]) == 0
+    assert ": 1 picture (" in capsys.readouterr().out
+    assert cli.main(["cache", "--cache", str(tmp_path), "--clear"]) == 0
+    assert ": 1 picture (" in capsys.readouterr().out
+    assert cli.main(["cache", "--cache", str(tmp_path)]) == 0
+    assert ": 0 pictures (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "expected"),
+    [
+        ("linux", {"XDG_CACHE_HOME": "/caches"}, "/caches/dynfuse"),
+        ("linux", {"HOME": "/home/me"}, "/home/me/.cache/dynfuse"),
+        ("darwin", {"HOME": "/Users/me"}, "/Users/me/Library/Caches/dynfuse"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/dynfuse"),
+        ("linux", {"DYNFUSE_HOME": "/mine", "XDG_CACHE_HOME": "/caches"}, "/mine"),
+    ],
+)
+def test_files_are_kept_where_the_platform_keeps_caches_or_where_one_says(monkeypatch, platform, variables, expected):
+    from lib_dynfuse import home
+
+    for name in ("DYNFUSE_HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert home.home() == Path(expected)
+    assert home.encoders_folder().parent == home.references_folder().parent == Path(expected)
 
 
 @pytest.mark.parametrize("model", ["nowhere", "watercolor.safetensors"])

@@ -350,6 +350,14 @@ def load_pipeline(
     return pipeline
 
 
+def load_taesd(folder: Path) -> nn.Module:
+    """A diffusers folder of an AutoencoderTiny, for FuseSettings.decoder "taesd". Raises PipelineError."""
+    try:
+        return diffusers.AutoencoderTiny.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # diffusers raises whatever its libraries raise
+        raise PipelineError(f"{folder} cannot be loaded as a TAESD decoder: {_first_line(error)}.") from error
+
+
 def best_device() -> str:
     """ "cuda", "mps" or "cpu"."""
     if torch.cuda.is_available():
@@ -453,4 +461,13 @@ def _weight_of(module: nn.Module) -> torch.Tensor:
     return module.weight
 
 
-__all__ = ["PIPELINES", "FusedImages", "FusedPipeline", "GuidanceSources", "PipelineError", "SummedTextParts", "load_pipeline"]
+__all__ = [
+    "PIPELINES",
+    "FusedImages",
+    "FusedPipeline",
+    "GuidanceSources",
+    "PipelineError",
+    "SummedTextParts",
+    "load_pipeline",
+    "load_taesd",
+]

@@ -121,7 +121,8 @@ class SchedulerSteps:
     def _index(self, timestep: Any) -> int:
         if self.scheduler.step_index is None:
             self.scheduler._init_step_index(timestep)  # as step() itself begins
-        return int(self.scheduler.step_index)
+        index: int = self.scheduler.step_index
+        return index
 
 
 def packed(latent: Tensor) -> Tensor:
