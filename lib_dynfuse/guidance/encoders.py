@@ -119,7 +119,9 @@ def load_encoders(sources: EncoderSources, progress: Progress | None = None) -> 
         clip, dino = clip_files(sources, progress), dino_files(sources, progress)
         key = (sources, clip.version, dino.version)
         if key not in _loaded:
-            encoders = Encoders(_clip_encoder(clip), _dino_encoder(dino), f"{_identity(clip)} {_identity(dino)}")
+            # Layers are first filled with random numbers: not with those that a job draws its noise from.
+            with torch.random.fork_rng(devices=[]):
+                encoders = Encoders(_clip_encoder(clip), _dino_encoder(dino), f"{_identity(clip)} {_identity(dino)}")
             _loaded.clear()  # one pair in memory is enough
             _loaded[key] = encoders
         return _loaded[key]

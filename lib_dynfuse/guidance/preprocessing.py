@@ -24,23 +24,26 @@ def prepared(pictures: Tensor, size: int, mean: Sequence[float], std: Sequence[f
     # Matrix products instead of F.interpolate(antialias=True), which computes the same: its backward on CUDA adds up in any order, so
     # that no picture could be made again to the pixel, and MPS has none.
     if width != size:
-        pictures = _clamped(pictures @ _bicubic(width, size).to(pictures).T)
+        pictures = _clamped(pictures @ _bicubic(width, size, pictures.dtype, pictures.device).T)
     if height != size:
-        pictures = _clamped(_bicubic(height, size).to(pictures) @ pictures)
-    return (pictures - _channels(mean, pictures)) / _channels(std, pictures)
+        pictures = _clamped(_bicubic(height, size, pictures.dtype, pictures.device) @ pictures)
+    return (pictures - _channels(tuple(mean), pictures.dtype, pictures.device)) / _channels(tuple(std), pictures.dtype, pictures.device)
 
 
 def _clamped(values: Tensor) -> Tensor:
     return values + (values.clamp(0, 1) - values).detach()
 
 
-def _channels(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+# Kept on the device: a copy from ordinary memory makes the host wait for all that the device has been given to do.
+@lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device).reshape(-1, 1, 1)
 
 
 @lru_cache(maxsize=32)
-def _bicubic(length: int, size: int) -> Tensor:
-    """The weights (size, length), float64, by which Pillow's BICUBIC (a = -1/2) makes `size` pixels of `length`.
+def _bicubic(length: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights (size, length) by which Pillow's BICUBIC (a = -1/2) makes `size` pixels of `length`.
 
     Scaling down, the kernel is as much wider as the picture gets smaller, so that every pixel counts (Pillow, Resample.c).
     """
@@ -54,4 +57,4 @@ def _bicubic(length: int, size: int) -> Tensor:
         inner = (1.5 * distance - 2.5) * distance * distance + 1
         outer = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
         weights = torch.where(distance < 1, inner, torch.where(distance < 2, outer, torch.zeros_like(distance)))
-        return weights / weights.sum(1, keepdim=True)
+        return (weights / weights.sum(1, keepdim=True)).to(device, dtype)

@@ -57,7 +57,7 @@ class EncoderSources:
     """Which encoders, and where they come from.
 
     folder: where weights are looked for and downloaded to. clip: ARCHITECTURE/TAG of open_clip, or a local folder with
-    open_clip_config.json and weights, or ARCHITECTURE=FILE. dino: a ViT's name on the hub, or a local folder with config.json and
+    open_clip_config.json and weights, or ARCHITECTURE=FILE (OpenAI's weights: in its own archive, or ARCHITECTURE-quickgelu). dino: a ViT's name on the hub, or a local folder with config.json and
     weights. An empty name is the default's. download: whether a missing file may be fetched.
     """
 
@@ -216,7 +216,7 @@ class _Model:
                 reasons.append(f"{host} has no {remote.file} of it: {error}")
             except _Unreachable as error:
                 unreachable.add(host)
-                reasons.append(f"{host} cannot be reached: {error}")
+                reasons.append(f"{host} did not deliver it: {error}")
             except _WrongChecksum as error:
                 raise self._missing(f"what was downloaded from {host} was thrown away, because {error}", hint) from None
             except OSError as error:

@@ -307,6 +307,14 @@ def test_dino_from_a_pickle_or_a_classifier(models):
     assert torch.equal(models.load().embed(pictures()).dino, expected)
 
 
+def test_building_them_draws_none_of_a_jobs_random_numbers(models):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    models.load()
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_building_them_needs_no_network(models, monkeypatch):
     def refuse(*_):
         raise AssertionError("the network was asked")
