@@ -26,7 +26,16 @@ from .score import TERMS, Targets, score, similarities
 # Fractions of the steps come from sliders: 0.30000000000000004 is 0.3.
 _FRACTION_NOISE = 1e-6
 
-_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
+# The last four are what cuBLAS and cuDNN say when there is no room for their workspace.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "cublas_status_not_initialized",
+    "unable to find a valid cudnn algorithm",
+    "unable to find an engine to execute this computation",
+)
 
 
 @dataclass
@@ -92,8 +101,8 @@ class Guide:
     def fast_shift(self, denoised: Tensor, level: Level, mask: Tensor | None = None) -> Tensor:
         """What to add to D, from the gradient of R with respect to D.
 
-        denoised: (B, C, h, w) in the model's latent units. mask: broadcasts with it, 0 where the picture is kept. Returns D's shape and
-        dtype. May be called under no_grad and under inference mode, with D an inference tensor.
+        denoised: (B, C, h, w) in the model's latent units. mask: broadcasts with it, 0 where the picture is kept; applied after the
+        limit. Returns D's shape and dtype. May be called under no_grad and under inference mode, with D an inference tensor.
         """
         with _gradients(denoised.device.type):
             gradient = self._latent_gradient(denoised, level)
