@@ -121,8 +121,7 @@ class SchedulerSteps:
     def _index(self, timestep: Any) -> int:
         if self.scheduler.step_index is None:
             self.scheduler._init_step_index(timestep)  # as step() itself begins
-        index: int = self.scheduler.step_index
-        return index
+        return int(self.scheduler._step_index)
 
 
 def packed(latent: Tensor) -> Tensor:
