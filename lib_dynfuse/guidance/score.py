@@ -52,4 +52,5 @@ def similarities(pictures: Tensor, targets: Targets, encoders: Encoders, wanted:
 
 def score(similarities: Tensor, weights: Sequence[float]) -> Tensor:
     """R = 1 - sum_k w_k sim_k, one per image, (B,): Eq. 19. similarities: (3, B). weights: one per term."""
-    return 1 - similarities.new_tensor(weights) @ similarities
+    # Term by term: weights made into a tensor would have to be brought to the device, which the step would wait for.
+    return 1 - sum(weight * term for weight, term in zip(weights, similarities, strict=True))
