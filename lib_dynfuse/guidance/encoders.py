@@ -202,6 +202,8 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], files: ModelFiles) ->
     """Put the weights into the network. Raises EncoderError where they are not just the network's."""
     wanted = network.state_dict()
     for name, weight in wanted.items():
+        if name not in state and not weight.is_floating_point():
+            continue  # a counter of batch normalisation, which only training needs
         if name not in state:
             raise _refusal(files, f"its weights are of another model, they lack {name}")
         if state[name].shape != weight.shape:
@@ -211,7 +213,7 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], files: ModelFiles) ->
             raise _refusal(files, f"its weights are damaged, {name} is not finite")
     if surplus := state.keys() - wanted.keys():
         raise _refusal(files, f"its weights are of another model, which has {min(surplus)}")
-    network.load_state_dict(dict(state))
+    network.load_state_dict(dict(state), strict=False)
 
 
 def _frozen(network: nn.Module) -> nn.Module:

@@ -57,8 +57,9 @@ class EncoderSources:
     """Which encoders, and where they come from.
 
     folder: where weights are looked for and downloaded to. clip: ARCHITECTURE/TAG of open_clip, or a local folder with
-    open_clip_config.json and weights, or ARCHITECTURE=FILE (OpenAI's weights: in its own archive, or ARCHITECTURE-quickgelu). dino: a ViT's name on the hub, or a local folder with config.json and
-    weights. An empty name is the default's. download: whether a missing file may be fetched.
+    open_clip_config.json and weights, or ARCHITECTURE=FILE (OpenAI's weights: its own archive, or ARCHITECTURE-quickgelu). dino: a
+    ViT's name on the hub, or a local folder with config.json and weights. An empty name is the default's. download: whether a missing
+    file may be fetched.
     """
 
     folder: Path

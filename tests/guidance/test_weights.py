@@ -16,9 +16,12 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import torch
 
 from lib_dynfuse.guidance import weights
+from lib_dynfuse.guidance.encoders import load_encoders
 from lib_dynfuse.guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderSources, clip_files, dino_files
+from tests.fakes.encoders import clip_model, write_clip, write_dino
 
 CLIP_REPOSITORY = "timm/vit_base_patch32_clip_224.openai"
 CLIP_FOLDER, DINO_FOLDER = "ViT-B-32--openai", "facebook--dino-vits16"
@@ -184,6 +187,27 @@ def test_missing_files_are_fetched_with_progress_and_checked(hub, tmp_path):
     done = [done for _, done, _ in told]
     assert done == sorted(done)
     assert done[-1] == len(CONTENT)
+
+
+def test_encoders_named_by_the_user_are_fetched_and_built(hub, tmp_path, monkeypatch):
+    _, config = clip_model()
+    monkeypatch.setattr(open_clip, "get_model_config", lambda architecture: config)
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda architecture, tag: {"hf_hub": "somebody/small-clip/"})
+    clip, dino = write_clip(tmp_path / "clip"), write_dino(tmp_path / "dino")
+    hub.files["somebody/small-clip/open_clip_model.safetensors"] = (clip / "open_clip_model.safetensors").read_bytes()
+    for file in ("config.json", "model.safetensors"):
+        hub.files[f"somebody/small-vit/{file}"] = (dino / file).read_bytes()
+    told = []
+    named = EncoderSources(tmp_path / "dynfuse", clip="small/tag", dino="somebody/small-vit")
+    fetched = load_encoders(named, lambda *news: told.append(news))
+    assert {what for what, _, _ in told} == {"CLIP small/tag", "DINO somebody/small-vit"}
+    pictures = torch.rand(1, 3, 40, 40)
+    by_path = load_encoders(EncoderSources(tmp_path, clip=str(clip), dino=str(dino))).embed(pictures)
+    assert torch.equal(fetched.embed(pictures).clip, by_path.clip)
+    assert torch.equal(fetched.embed(pictures).dino, by_path.dino)
+    asked = len(hub.asked)
+    load_encoders(named)
+    assert len(hub.asked) == asked
 
 
 def test_the_numbers_for_preprocessing_come_along_where_there_are_any(hub, tmp_path):
@@ -374,8 +398,9 @@ def test_what_a_killed_process_left_is_removed_a_day_later(hub, tmp_path):
 def test_two_processes_at_once_do_each_other_no_harm(hub, tmp_path):
     hub.dino()
     hub.gathered = threading.Barrier(2)  # both are in the middle of the weights
+    # The module by itself: a process that imports torch first takes seconds to get there.
     program = (
-        "import sys; from pathlib import Path; from lib_dynfuse.guidance.weights import *; "
+        f"import sys; sys.path.insert(0, {str(Path(weights.__file__).parent)!r}); from pathlib import Path; from weights import *; "
         "print(len(dino_files(EncoderSources(Path(sys.argv[1]))).weights.read_bytes()))"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
