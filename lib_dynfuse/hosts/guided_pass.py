@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 # Side of the picture that is decoded when the memory is too short for the usual one.
 _SMALLEST_PIXELS = 128
 
+# What autograd says about operations that other extensions may bring into the denoiser, in lower case.
+_NOT_DIFFERENTIABLE = ("inference tensor", "requires grad", "in-place operation", "inplace operation", "overwritten")
+
 # Bytes per decoded pixel and image that a VAE decoder and its gradient take in 16 bit, and TAESD (measured on SDXL's: 12 GiB at
 # 1024 x 1024, 0.7 GiB at 256 x 256).
 _VAE_BYTES_PER_PIXEL = 12 << 10
@@ -139,12 +142,16 @@ class GuidedPass:
         level = level_of(cfg_denoiser.sampler, guide.schedule, s, rectified=self._host.rectified_ancestral(cfg_denoiser))
         mask = cfg_denoiser.nmask if getattr(cfg_denoiser, "mask", None) is not None else None
         if guide.gradient == "exact":
+            step = cfg_denoiser.step
             try:
                 return self._exact(guide, cfg_denoiser, call, args, kwargs, level, mask)
-            except Exception as error:
-                if not is_out_of_memory(error):
+            except RuntimeError as error:
+                reason = _why_not_exact(error)
+                if reason is None:
                     raise
-                guide.abandon_exact("the memory was too short for a gradient through the denoiser")
+            # Not in the except clause: the exception's frames hold on to the memory that ran out.
+            guide.abandon_exact(reason)
+            cfg_denoiser.step = step
             again()
         prediction = call(*args, **kwargs)
         if self._stopped:  # the refiner took over in this call
@@ -230,6 +237,16 @@ class GuidedPass:
             self._notes.append(f"The decoder taesd could not be used ({reason.rstrip('.')}); vae-small was used instead.")
             return None
         return VaeDecoder(private_copy(module, torch.float32, device), name="taesd")
+
+
+def _why_not_exact(error: RuntimeError) -> str | None:
+    """A clause for the user, where the job can go on with the fast gradient; None for any other error."""
+    if is_out_of_memory(error):
+        return "the memory was too short for a gradient through the denoiser"
+    text = str(error).lower()
+    if any(sign in text for sign in _NOT_DIFFERENTIABLE):
+        return "another extension's part of the denoiser cannot be differentiated"
+    return None
 
 
 def memory_needed(settings: FuseSettings, encoders: Encoders, width: int, height: int, images: int) -> int:

@@ -430,6 +430,37 @@ class TestMemory:
         assert any("exact gradient was given up" in note for note in done.notes)
         assert done.trace.winners.shape[0] == 3
 
+    def test_exact_falls_back_to_fast_when_another_extension_cannot_be_differentiated(self, guided):
+        fast, _ = job(guided, f"a cat {tag()}")
+        unet = guided.host.denoiser(stand_in(guided))
+        original = unet.forward
+
+        def forward(x, *args, **kwargs):
+            if torch.is_grad_enabled() and x.requires_grad:
+                x.requires_grad_().numpy()
+            return original(x, *args, **kwargs)
+
+        unet.forward = forward
+        images, done = job(guided, f"a cat {tag(gradient='exact')}")
+        assert unet.forward is forward
+        assert torch.allclose(images, fast, atol=1e-5)
+        assert any("another extension" in note for note in done.notes)
+        assert done.guidance.record.steps == [0, 1, 2]
+
+    def test_any_other_error_in_an_exact_step_stops_the_job(self, guided):
+        unet = guided.host.denoiser(stand_in(guided))
+        original = unet.forward
+
+        def forward(x, *args, **kwargs):
+            if torch.is_grad_enabled():
+                raise RuntimeError("shapes cannot be multiplied")
+            return original(x, *args, **kwargs)
+
+        unet.forward = forward
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            guided.run(f"a cat {tag(gradient='exact')}")
+        assert unet.forward is forward
+
     def test_a_missing_taesd_is_replaced_and_said(self, guided):
         small, _ = job(guided, f"a cat {tag()}")
         images, done = job(guided, f"a cat {tag(decoder='taesd')}")
