@@ -22,7 +22,7 @@ from ..settings import FuseSettings
 from .literal import literally_fused
 
 # The published U-Net configurations of Stable Diffusion 1.5 and SDXL base 1.0 (their model cards' unet/config.json).
-_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
     "sdxl": {
         "cross_attention_dim": 2048,
@@ -40,8 +40,13 @@ _CONFIGURATIONS: dict[str, dict[str, Any]] = {
 _DEFAULT_SIZE = {"sd15": 256, "sdxl": 512}
 
 
+def default_size(model: str) -> int:
+    """Pixels."""
+    return _DEFAULT_SIZE[model]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=sorted(_CONFIGURATIONS), default="sd15", help="whose U-Net to build (default: sd15)")
+    parser.add_argument("--model", choices=sorted(CONFIGURATIONS), default="sd15", help="whose U-Net to build (default: sd15)")
     parser.add_argument("--size", type=int, metavar="PX", help="side of the image in pixels (default: 256 for sd15, 512 for sdxl)")
     parser.add_argument("--rank", type=int, default=16, help="rank of both LoRAs (default: 16)")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each way takes (default: 5)")
@@ -57,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    size = arguments.size or _DEFAULT_SIZE[arguments.model]
+    size = arguments.size or default_size(arguments.model)
     if size % 64 or size <= 0 or arguments.rank <= 0 or arguments.rounds <= 0:
         print("--size must be a positive multiple of 64, --rank and --rounds positive.", file=sys.stderr)
         return 2
@@ -66,19 +71,19 @@ def run(arguments: argparse.Namespace) -> int:
     torch.manual_seed(0)
     with torch.device(device):
         unet = (
-            diffusers.UNet2DConditionModel(sample_size=size // 8, **_CONFIGURATIONS[arguments.model]).to(dtype).eval().requires_grad_(False)
+            diffusers.UNet2DConditionModel(sample_size=size // 8, **CONFIGURATIONS[arguments.model]).to(dtype).eval().requires_grad_(False)
         )
-    inputs = _inputs(arguments.model, size, device, dtype)
+    inputs = unet_inputs(arguments.model, size, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         subject, style = (
-            _random_lora(unet, arguments.rank, seed, Path(folder) / f"{name}.safetensors") for seed, name in ((1, "subject"), (2, "style"))
+            random_lora(unet, arguments.rank, seed, Path(folder) / f"{name}.safetensors") for seed, name in ((1, "subject"), (2, "style"))
         )
     result = measure(unet, inputs, subject, style, arguments.rounds, progress)
     result["setup"] = {
         "model": arguments.model,
         "size": size,
         "rank": arguments.rank,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -150,7 +155,7 @@ def _wait(inputs: dict[str, Any]) -> None:
         torch.cuda.synchronize()
 
 
-def _inputs(model: str, size: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def unet_inputs(model: str, size: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """A batch of one image: an unconditional and a conditional row."""
     generator = torch.Generator().manual_seed(0)
 
@@ -160,7 +165,7 @@ def _inputs(model: str, size: int, device: torch.device, dtype: torch.dtype) -> 
     inputs: dict[str, Any] = {
         "sample": noise(2, 4, size // 8, size // 8),
         "timestep": torch.tensor(500, device=device),
-        "encoder_hidden_states": noise(2, 77, _CONFIGURATIONS[model]["cross_attention_dim"]),
+        "encoder_hidden_states": noise(2, 77, CONFIGURATIONS[model]["cross_attention_dim"]),
     }
     if model == "sdxl":
         inputs["added_cond_kwargs"] = {
@@ -170,7 +175,7 @@ def _inputs(model: str, size: int, device: torch.device, dtype: torch.dtype) -> 
     return inputs
 
 
-def _random_lora(unet: nn.Module, rank: int, seed: int, path: Path) -> LoraFile:
+def random_lora(unet: nn.Module, rank: int, seed: int, path: Path) -> LoraFile:
     """A kohya LoRA on the linear layers and 1 x 1 convolutions of every transformer block, as its trainer makes by default."""
     from safetensors.torch import save_file
 
@@ -189,7 +194,7 @@ def _random_lora(unet: nn.Module, rank: int, seed: int, path: Path) -> LoraFile:
     return read_lora(path)
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
