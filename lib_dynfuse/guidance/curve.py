@@ -64,7 +64,7 @@ def draw(record: GuidanceRecord, width: int = 640) -> Image.Image:
             continue
         pen.canvas.rectangle((_MARGIN + x, y + 2, _MARGIN + x + 12, y + 14), fill=colour)
         pen.text((_MARGIN + x + 20, y), label)
-    pen.text((_MARGIN, upper - _LINE - 4), _heading(images), _FAINT_INK)
+    pen.text((_MARGIN, upper - _LINE - 4), _heading(record, images), _FAINT_INK)
 
     places = [_place(step, record.total_steps, plot_width) for step in record.steps]
     heights = (_PLOT_HEIGHT - 1) * (1 - (values - bottom) / (top - bottom))
@@ -78,8 +78,9 @@ def draw(record: GuidanceRecord, width: int = 640) -> Image.Image:
     return picture
 
 
-def _heading(images: int) -> str:
-    return "Cosine similarity before each step's correction" + (f", mean of {images} images" if images > 1 else "")
+def _heading(record: GuidanceRecord, images: int) -> str:
+    what = "Cosine similarity before each step's correction" + (f", mean of {images} images" if images > 1 else "")
+    return what + (f"; limited {record.bites} times" if record.bites else "")
 
 
 def _legend(record: GuidanceRecord, values: Tensor, width: int, decimals: int) -> list[tuple[int, int, str, Colour | None]]:

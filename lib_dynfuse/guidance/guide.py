@@ -147,14 +147,16 @@ class Guide:
     def record(self) -> GuidanceRecord:
         """What was seen and done so far. Waits for the device."""
         seen = [similarity.cpu() for similarity in self._seen.values()]
+        non_finite = sum(int(count) for count in self._non_finite)
+        dropped = [f"{non_finite} corrections were left out, because their gradient was not a finite number."] if non_finite else []
         return GuidanceRecord(
             steps=list(self._seen),
             similarities=torch.stack(seen) if seen else torch.zeros(0, len(TERMS), 0),
             wanted=self.wanted,
             total_steps=self.schedule.steps - (self._first_step or 0),
             bites=sum(int(count) for count in self._bites),
-            non_finite=sum(int(count) for count in self._non_finite),
-            notes=list(self._notes),
+            non_finite=non_finite,
+            notes=[*self._notes, *dropped],
         )
 
     def _place(self, s: float) -> tuple[int, int]:

@@ -97,6 +97,17 @@ def test_a_term_without_weight_has_no_curve():
     assert height_at(picture, COLOURS[2], 600) - height_at(picture, COLOURS[0], 600) > 150
 
 
+def test_how_often_the_limit_acted_stands_beside_the_curve():
+    seen = []
+    record = a_record(ramp(20))
+    for bites in (0, 7):
+        record.bites = bites
+        seen.append(torch.frombuffer(bytearray(draw(record).tobytes()), dtype=torch.uint8).reshape(-1, 640, 3))
+    rows, columns = (seen[0] != seen[1]).any(-1).nonzero(as_tuple=True)
+    assert rows.max() < LEGEND  # a text in the heading, and nothing else
+    assert columns.max() - columns.min() > 60
+
+
 @pytest.mark.parametrize("value", [-1.0, -0.02, 0.0, 0.31234, 1.0])
 def test_similarities_that_do_not_change_are_a_level_line_inside_the_plot(value):
     picture = draw(a_record(torch.full((10, 3), value)))

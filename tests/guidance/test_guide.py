@@ -220,6 +220,7 @@ class TestBatch:
         assert torch.equal(shift[1], torch.zeros(SHAPE))
         torch.testing.assert_close(shift[::2], alone)
         assert guide.record.non_finite == 1
+        assert guide.record.notes == ["1 corrections were left out, because their gradient was not a finite number."]
 
     def test_the_same_on_the_way_through_the_denoiser(self, encoders):
         guide = a_guide(encoders, gradient="exact")
