@@ -79,10 +79,7 @@ class A1111(WebUIHost):
         return super().denoised(cfg_denoiser, x, s, prediction)
 
     def schedule_kind(self, cfg_denoiser: Any) -> Kind:
-        from modules import shared
-
-        # SD3's models have a schedule of their own kind (models/sd3/sd3_impls.py:24).
-        return "flow" if getattr(shared.sd_model, "is_sd3", False) else "vp"
+        return "vp"  # its one flow model is SD3, which no pair of LoRAs that we read is for
 
     def host_vae(self, cfg_denoiser: Any) -> HostVae:
         from modules import sd_vae, shared
