@@ -15,6 +15,7 @@ import pytest
 from .live import Case, WebUI, difference
 from .live_checks import *  # noqa: F403
 from .live_checks import ROUNDING
+from .live_guidance_checks import *  # noqa: F403
 
 URL = os.environ.get("DYNFUSE_FORGE_URL")
 PRISTINE = os.environ.get("DYNFUSE_FORGE_PRISTINE_URL")

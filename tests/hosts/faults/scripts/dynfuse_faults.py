@@ -5,11 +5,15 @@ callback:NAME   an exception in that cfg callback
 layer:POSITION  an exception inside the denoiser, after the layer at that fraction (0 to 1) of its layers
 denoiser        an exception in the denoiser's call
 interrupt:STEP, skip:STEP    as the buttons, at that step
+
+Also tells what is on the model and in memory, and what became of the last job's guidance.
 """
 
 from __future__ import annotations
 
+import base64
 import gc
+import io
 import os
 
 import gradio as gr
@@ -34,6 +38,7 @@ HOOKS = (
 CALLBACKS = ("cfg_denoiser", "cfg_denoised", "cfg_after_cfg")
 
 wanted = ""
+last = []
 
 
 def denoiser():
@@ -71,6 +76,8 @@ def hook_method(name):
         if name == "before_process":
             wanted = next((a for a in args if isinstance(a, str)), "")
         kind, _, detail = wanted.partition(":")
+        if name == "postprocess":
+            last[:] = [told(done) for done in dynfuse().passes(p)]
         if kind == "hook" and detail == name:
             fail(name)
         if name != "process_before_every_sampling":
@@ -101,6 +108,37 @@ def callback(name):
 
 for name in CALLBACKS:
     getattr(script_callbacks, f"on_{name}")(callback(name))
+
+
+def dynfuse():
+    from lib_dynfuse.hosts.base import detect
+
+    return detect()
+
+
+def told(done):
+    """What a pass of the last job tells of its guidance."""
+    guidance = done.guidance
+    record = guidance.record if guidance is not None else None
+    return {
+        "hires": done.hires,
+        "notes": done.notes,
+        "steps": record.steps if record is not None else [],
+        "total_steps": record.total_steps if record is not None else 0,
+        "similarities": record.similarities.tolist() if record is not None else [],
+        "references": [reference_told(reference) for reference in (guidance.references if guidance is not None else [])],
+    }
+
+
+def reference_told(reference):
+    buffer = io.BytesIO()
+    reference.picture.save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    return {"side": reference.side, "prompt": reference.prompt, "given": reference.given, "picture": picture}
+
+
+def guidance():
+    return {"passes": last, "kept": len(dynfuse().reference_cache.entries())}
 
 
 def state():
@@ -144,6 +182,8 @@ def chain(function):
 
 def routes(_, app):
     app.add_api_route("/dynfuse-faults/state", state, methods=["GET"])
+    app.add_api_route("/dynfuse-faults/guidance", guidance, methods=["GET"])
+    app.add_api_route("/dynfuse-faults/clear-references", lambda: dynfuse().reference_cache.clear(), methods=["POST"])
     app.add_api_route("/dynfuse-faults/reload-ui", lambda: shared.state.request_restart(), methods=["POST"])
 
 
