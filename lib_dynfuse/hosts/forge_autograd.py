@@ -13,10 +13,11 @@ What the graph keeps is copied when, and only when, it is about to be overwritte
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -74,29 +75,37 @@ class _Kept:
 
 
 class _Recording(TorchFunctionMode):
+    """What is recorded of one prediction. Several thousand torch functions pass through here: a check costs more than it looks."""
+
     def __init__(self) -> None:
         super().__init__()
         # By identity, with the tensor itself: while it is held its id is not given to another.
         self._aliases: dict[int, tuple[Tensor, Tensor]] = {}
         # By the address of their memory: what an in-place operation on it would change.
-        self._kept: dict[int, WeakSet[_Kept]] = {}
+        self._kept: dict[int, list[weakref.ref[_Kept]]] = {}
         self._made: list[TensorWeakRef] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if name == "__set__":  # an attribute such as data: it is the tensor itself that should have it
-            return func(*args, **(kwargs or {}))
         given = kwargs or {}
+        if name == "__set__":  # an attribute such as data: it is the tensor itself that should have it
+            return func(*args, **given)
         # A function that goes back to inference mode makes inference tensors anyway (merge_lora_to_weight, patcher/lora.py:84).
         if not torch.is_inference_mode_enabled():
-            args = self._usable(args)
-            given = {key: self._usable(value) for key, value in given.items()}
-        for tensor in _written(name, args, given):
-            self._copy_what_is_kept_of(tensor)
+            args = tuple([self._usable(value) for value in args])
+            if given:
+                given = {key: self._usable(value) for key, value in given.items()}
+        if _writes(name) or (given and (given.get("inplace") or given.get("out") is not None)):
+            for tensor in _written(args, given):
+                self._copy_what_is_kept_of(tensor)
         result = func(*args, **given)
-        self._note(result)
+        if isinstance(result, Tensor):
+            if result.requires_grad:
+                self._made.append(TensorWeakRef(result))
+        elif isinstance(result, (tuple, list)):
+            self._made += [TensorWeakRef(item) for item in result if isinstance(item, Tensor) and item.requires_grad]
         return result
 
     def _usable(self, value: Any) -> Any:
@@ -115,17 +124,13 @@ class _Recording(TorchFunctionMode):
             known = self._aliases[id(tensor)] = tensor, alias
         return known[1]
 
-    def _note(self, result: Any) -> None:
-        if isinstance(result, Tensor):
-            if result.requires_grad:
-                self._made.append(TensorWeakRef(result))
-        elif isinstance(result, (tuple, list)):
-            for item in result:
-                self._note(item)
-
     def keep(self, tensor: Tensor) -> _Kept:
         kept = _Kept(tensor)
-        self._kept.setdefault(tensor.untyped_storage().data_ptr(), WeakSet()).add(kept)
+        address = tensor.untyped_storage().data_ptr()
+        others = self._kept.get(address)
+        if others is None:
+            others = self._kept[address] = []
+        others.append(weakref.ref(kept))
         return kept
 
     @staticmethod
@@ -135,8 +140,10 @@ class _Recording(TorchFunctionMode):
         return kept.tensor
 
     def _copy_what_is_kept_of(self, tensor: Tensor) -> None:
-        for kept in self._kept.pop(tensor.untyped_storage().data_ptr(), ()):
-            kept.copy()
+        for reference in self._kept.pop(tensor.untyped_storage().data_ptr(), ()):
+            kept = reference()
+            if kept is not None:
+                kept.copy()
 
     def cut(self) -> None:
         """Let go of everything. Hosts keep results: the last latent, a tile buffer, what was measured."""
@@ -149,11 +156,15 @@ class _Recording(TorchFunctionMode):
         self._kept.clear()
 
 
-def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that a torch function of this name overwrites."""
-    targets: list[Any] = [kwargs.get("out")]
-    if name in WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace"):
-        targets += [*args[:1], kwargs.get("input")]
+@functools.cache
+def _writes(name: str) -> bool:
+    """Whether a torch function of this name overwrites its first argument."""
+    return name in WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+
+
+def _written(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among a writing function's arguments that it may overwrite."""
+    targets = [*args[:1], kwargs.get("input"), kwargs.get("out")]
     flat = [item for target in targets for item in (target if isinstance(target, (tuple, list)) else [target])]
     return [target for target in flat if isinstance(target, Tensor)]
 

@@ -246,6 +246,9 @@ def test_nothing_is_copied_that_is_not_overwritten():
         second = first.sin()
         kept = [second.grad_fn._saved_self.data_ptr(), first.grad_fn._saved_result.data_ptr()]
         assert kept == [first.data_ptr(), first.data_ptr()]
+        F.silu(first, inplace=False)
+        torch.sin(first, out=None)
+        assert second.grad_fn._saved_self.data_ptr() == first.data_ptr()
         first += 1
         assert second.grad_fn._saved_self.data_ptr() != first.data_ptr()
 

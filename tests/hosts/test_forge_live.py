@@ -16,6 +16,7 @@ from .live import Case, WebUI, difference
 from .live_checks import *  # noqa: F403
 from .live_checks import ROUNDING
 from .live_guidance_checks import *  # noqa: F403
+from .live_guidance_checks import GRADIENTS, tag, told
 
 URL = os.environ.get("DYNFUSE_FORGE_URL")
 PRISTINE = os.environ.get("DYNFUSE_FORGE_PRISTINE_URL")
@@ -89,3 +90,42 @@ class TestForgesStore:
 
     def test_the_pair_is_fused_beside_an_unknown_lora(self, case, fused):
         assert difference(case.pixels(f"a cat {case.tag}<lora:no such thing:1>"), fused) <= ROUNDING
+
+
+# Those that come with Forge and have a hand in the model's calls: their arguments, and whether they let gradients through.
+EXTENSIONS = {
+    "MultiDiffusion": ("MultiDiffusion Integrated", [True, "MultiDiffusion", 64, 64, 32, 2], False),
+    "Mixture of Diffusers": ("MultiDiffusion Integrated", [True, "Mixture of Diffusers", 64, 64, 32, 2], False),
+    "perturbed attention": ("PerturbedAttentionGuidance Integrated", [True, 3.0, 0.0, 0.0, 1.0], True),
+    "Kohya HRFix": ("Kohya HRFix Integrated", [True, 3, 2.0, 0.0, 1.0, True, "bicubic", "bicubic"], True),
+}
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+class TestForgesOwnExtensions:
+    @pytest.fixture
+    def settings(self, case, extension):
+        if case.name != "sd15":
+            pytest.skip("once is enough")
+        title, arguments, _ = EXTENSIONS[extension]
+        return {"width": 128, "height": 128, "alwayson_scripts": {title: {"args": arguments}}}
+
+    def test_direct_equals_forges_own_merge_beside_it(self, case, settings):
+        merged = case.pixels(f"a cat {case.two_tags}", **settings)
+        assert difference(case.pixels(f"a cat {case.two_tags}", width=128, height=128), merged) > 5
+        assert difference(case.pixels(f"a cat {case.tag_with('method=direct')}", **settings), merged) <= ROUNDING
+
+    def test_a_batch_of_two_is_two_single_pictures_beside_it(self, case, settings):
+        batch = case.pixels(f"a cat {case.tag}", batch_size=2, seed=20, **settings)
+        singles = [case.pixels(f"a cat {case.tag}", seed=20 + i, **settings)[0] for i in range(2)]
+        assert max(difference(one, single) for one, single in zip(batch, singles)) <= ROUNDING
+
+    @pytest.mark.parametrize("gradient", GRADIENTS)
+    def test_pictures_are_guided_beside_it(self, guided, extension, settings, gradient):
+        plain = guided.pixels("a cat", **settings)
+        fused = guided.pixels(f"a cat {guided.tag}", **settings)
+        moved = guided.pixels(f"a cat {tag(guided, gradient=gradient)}", **settings)
+        assert difference(moved, fused) >= 2
+        given_up = any("given up" in note for note in told(guided)["passes"][0]["notes"])
+        assert given_up == (gradient == "exact" and not EXTENSIONS[extension][2])
+        assert difference(guided.pixels("a cat", **settings), plain) == 0
