@@ -24,17 +24,27 @@ WEIGHTS = np.full(3, 1 / 3)
 SMALLEST_EFFECT = 2
 
 
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory):
+    """The options that name small encoders. The WebUIs do not hand out the options of extensions, so what they were cannot be kept."""
+    folder = tmp_path_factory.mktemp("encoders")
+    return {
+        "dynfuse_clip_model": str(write_clip(folder / "clip")),
+        "dynfuse_dino_model": str(write_dino(folder / "dino")),
+        "dynfuse_encoders_folder": "",
+        "dynfuse_download_encoders": False,
+        "dynfuse_without_encoders": "stop",
+    }
+
+
 @pytest.fixture(scope="module")
-def guided(case, tmp_path_factory):
+def guided(case, encoders):
     """The case, on a WebUI whose user has local encoders."""
     fault(case, "")
-    folder = tmp_path_factory.mktemp("encoders")
-    before = case.webui.call("/sdapi/v1/options")
-    encoders = {"dynfuse_clip_model": str(write_clip(folder / "clip")), "dynfuse_dino_model": str(write_dino(folder / "dino"))}
-    case.webui.options(**encoders, dynfuse_download_encoders=False)
+    case.webui.options(**encoders)
     case.webui.call("/dynfuse-faults/clear-references", {})
     yield case
-    case.webui.options(**{name: before[name] for name in (*encoders, "dynfuse_download_encoders")})
+    case.webui.options(dynfuse_clip_model="", dynfuse_dino_model="", dynfuse_download_encoders=True)
 
 
 def tag(case, **settings):
@@ -231,12 +241,10 @@ class TestGuidedPasses:
 
 class TestMissingEncoders:
     @pytest.fixture
-    def without(self, guided):
-        before = guided.webui.call("/sdapi/v1/options")
+    def without(self, guided, encoders):
         guided.webui.options(dynfuse_clip_model="ViT-B-32/openai", dynfuse_encoders_folder="/nowhere")
         yield guided
-        names = ("dynfuse_clip_model", "dynfuse_encoders_folder", "dynfuse_without_encoders")
-        guided.webui.options(**{name: before[name] for name in names})
+        guided.webui.options(**encoders)
 
     def test_the_job_stops_with_one_sentence(self, without, plain):
         refusal = without.refusal(f"a cat {tag(without)}")
