@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .fusion.selection_map import draw, text_font
+from .guidance.encoders import Encoders, ImageEncoder
 from .lora import read_lora
 from .settings import FuseSettings
 
@@ -58,7 +59,7 @@ def run(out: Path) -> int:
     }
     pictures: dict[str, Image.Image] = {}
     trace = None
-    with _one_thread(), tqdm(total=STEPS * len(jobs), unit="step") as bar:
+    with one_thread(), tqdm(total=STEPS * len(jobs), unit="step") as bar:
         for name, (label, settings) in jobs.items():
             bar.set_description(f"{label:<22}")
             made = FusedPipeline(pipeline, subject, style, settings)(
@@ -140,6 +141,47 @@ def tiny_pipeline(seed: int = 0) -> Any:
     return pipeline
 
 
+def tiny_encoders(seed: int = 0) -> Encoders:
+    """CLIP's and DINO's architectures in miniature, at 32 px, with random weights: they compare pictures, but by no human measure.
+
+    Same seed, same weights. Needs no network.
+    """
+    from open_clip.model import _build_vision_tower
+    from transformers import ViTConfig, ViTModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = _build_vision_tower(32, {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}, False)
+        # As they are initialised, networks so shallow are nearly blind to what they are shown.
+        with torch.no_grad():
+            for name, weight in clip.named_parameters():
+                if any(part in name for part in ("in_proj_weight", "c_fc.weight", "c_proj.weight", "conv1")):
+                    weight.mul_(3)
+        config = ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=32,
+            patch_size=8,
+            initializer_range=0.2,
+        )
+        dino = ClassToken(ViTModel(config, add_pooling_layer=False))
+    ready = [ImageEncoder(network.eval().requires_grad_(False), 32, (0.5,) * 3, (0.5,) * 3) for network in (clip, dino)]
+    return Encoders(ready[0], ready[1], f"tiny and random, seed {seed}")
+
+
+class ClassToken(nn.Module):
+    """A ViT's class token, DINO's feature of a picture."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.vit(pixel_values=pictures).last_hidden_state[:, 0]
+
+
 def write_random_lora(path: Path, pipeline: Any, *, rank: int, strength: float, seed: int, text: bool = True) -> None:
     """A kohya-style LoRA file on all linear layers and residual convolutions of the U-Net and, if wanted, of the text encoder.
 
@@ -199,7 +241,7 @@ def letter_tokenizer() -> Any:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """For layers this small a second thread gains little, and on a busy machine waiting for it makes the whole several times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..demo import ClassToken
 from ..guidance.encoders import Encoders, ImageEncoder
 
 # The published configurations of the VAEs (their model cards' vae/config.json); TAESD's is AutoencoderTiny's own default.
@@ -46,17 +47,9 @@ def encoders(device: torch.device) -> Encoders:
     from open_clip.model import _build_vision_tower
     from transformers import ViTConfig, ViTModel
 
-    class ClassToken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.vit = ViTModel(ViTConfig(**_DINO), add_pooling_layer=False)
-
-        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-            return self.vit(pixel_values=pictures).last_hidden_state[:, 0]
-
     with torch.device(device):
         clip = _build_vision_tower(_CLIP_WIDTH, dict(_CLIP), True)
-        dino = ClassToken()
+        dino = ClassToken(ViTModel(ViTConfig(**_DINO), add_pooling_layer=False))
     networks = (_ready(network, torch.float32) for network in (clip, dino))
     clip_encoder, dino_encoder = (ImageEncoder(network, 224, _HALF, _HALF) for network in networks)
     return Encoders(clip_encoder, dino_encoder, "random")

@@ -1,0 +1,178 @@
+"""bench steering: whether guided pictures come closer to their references than unguided ones of the same seeds, and how much.
+
+The model is a small one on which the score can move. A random network is no denoiser: what it makes of a latent jumps about with the
+latent, and nothing that is steered at one step is left at the next. So the demo's network predicts velocity, at half its strength:
+then D = x / (1 + s^2) - (s / sqrt(1 + s^2)) v, of which the first part is the exact denoiser of data without structure, and the network
+and its LoRAs only bend it. The encoders are random as well. It shows that the machinery steers, not what people see in real pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..guidance.encoders import Encoders
+from ..guidance.references import ReferenceCache
+from ..guidance.score import LABELS, TERMS, Targets, score, similarities
+from ..lora import LoraFile, read_lora
+from ..settings import FuseSettings
+
+STRENGTHS = (0.0, 0.1, 0.3, 1.0, 5.0, 10.0, 20.0, 50.0)
+GRADIENTS = ("fast", "exact")
+
+_PROMPT = "a dog in the style of watercolor"
+_REFERENCE_SEED = 1000  # of none of the pictures
+_CFG_SCALE = 3.0
+_NETWORK_STRENGTH = 0.5
+_WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
+# Watches the unguided steps: too small to change a float32.
+_NOTHING = 1e-30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, default=16, metavar="N", help="pictures, of seeds 0 to N - 1 (default: 16)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default: 20)")
+    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the pictures in pixels (default: 64)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        import diffusers  # noqa: F401
+        import open_clip  # noqa: F401
+    except ImportError as error:
+        print(f"The benchmark builds its model with {error.name}, which is not installed here: pip install {error.name}", file=sys.stderr)
+        return 2
+    if arguments.seeds < 2 or arguments.steps < 2 or arguments.size < 64 or arguments.size % 8:
+        print("--seeds and --steps must be at least 2, --size a multiple of 8 and at least 64.", file=sys.stderr)
+        return 2
+    progress = (lambda text: None) if arguments.json else (lambda text: print(text, file=sys.stderr, flush=True))
+    result = measure(range(arguments.seeds), arguments.steps, arguments.size, STRENGTHS, GRADIENTS, progress)
+    print(json.dumps(result, indent=2) if arguments.json else _table(result))
+    return 0
+
+
+def measure(
+    seeds: Sequence[int],
+    steps: int,
+    size: int,
+    strengths: Sequence[float],
+    gradients: Sequence[str],
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Make the pictures of all seeds for each gradient and m.
+
+    Returns per gradient and m: final (seeds, R of the finished picture, 8 bits a channel), terms (its three similarities), gain (of R
+    against the same seed unguided), along (R of D before each step's correction, mean over the seeds), and bitten (share of the
+    corrections that the limit scaled down).
+    """
+    from ..demo import one_thread, tiny_encoders
+
+    encoders = tiny_encoders()
+    jobs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        pipeline, pair = steerable_model(Path(folder))
+        make = _Maker(pipeline, pair, encoders, ReferenceCache(Path(folder) / "references"), seeds, steps, size)
+        unguided: list[float] | None = None
+        for gradient in gradients:
+            for m in strengths:
+                if not m and unguided is not None:  # the same for every gradient
+                    continue
+                progress(f"{gradient}, m = {m:g} ...")
+                job = make(gradient, m)
+                unguided = unguided or job["final"]
+                gains = [before - after for before, after in zip(unguided, job["final"])]
+                jobs.append({"gradient": gradient if m else "none", "m": m, **job, "gain": gains})
+    return {"seeds": len(seeds), "steps": steps, "size": size, "limit": FuseSettings().limit, "torch": torch.__version__, "jobs": jobs}
+
+
+def steerable_model(folder: Path) -> tuple[Any, tuple[LoraFile, LoraFile]]:
+    """The pipeline (see the module's text) and two LoRAs for it, written into the folder."""
+    import diffusers
+
+    from ..demo import tiny_pipeline, write_random_lora
+
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        for parameter in pipeline.unet.conv_out.parameters():
+            parameter.mul_(_NETWORK_STRENGTH)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    files = folder / "subject.safetensors", folder / "style.safetensors"
+    for file, rank, seed in zip(files, (8, 4), (1, 3)):
+        write_random_lora(file, pipeline, rank=rank, strength=0.7, seed=seed)
+    return pipeline, (read_lora(files[0]), read_lora(files[1]))
+
+
+class _Maker:
+    """Makes the pictures of one gradient and m."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        pair: tuple[LoraFile, LoraFile],
+        encoders: Encoders,
+        cache: ReferenceCache,
+        seeds: Sequence[int],
+        steps: int,
+        size: int,
+    ):
+        self.pipeline, self.pair, self.encoders, self.cache = pipeline, pair, encoders, cache
+        self.seeds, self.steps, self.size = seeds, steps, size
+
+    def __call__(self, gradient: str, m: float) -> dict[str, Any]:
+        from ..hosts.diffusers import FusedPipeline, GuidanceSources
+
+        settings = FuseSettings(guidance=True, gradient=gradient, m=m or _NOTHING, reference_seed=_REFERENCE_SEED)
+        fused = FusedPipeline(self.pipeline, *self.pair, settings, GuidanceSources(self.encoders, self.cache))
+        made = fused(_PROMPT, seeds=self.seeds, steps=self.steps, width=self.size, height=self.size, cfg_scale=_CFG_SCALE)
+        record = made.guidance
+        assert record is not None
+        subject, style = made.references
+        terms = final_similarities(made.images, Targets.of(subject.embeddings, style.embeddings), self.encoders)
+        return {
+            "final": score(terms, _WEIGHTS).tolist(),
+            "terms": dict(zip(TERMS, terms.tolist())),
+            "along": [float(score(step, _WEIGHTS).mean()) for step in record.similarities],
+            "bitten": record.bites / (len(record.steps) * len(self.seeds)),
+        }
+
+
+def final_similarities(images: Sequence[Image.Image], targets: Targets, encoders: Encoders) -> torch.Tensor:
+    """(3, images): of the finished pictures."""
+    pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    with torch.no_grad():
+        return similarities(torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2), targets, encoders)
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['seeds']} seeds, {result['steps']} steps, {result['size']} px, limit {result['limit']:g}, torch {result['torch']}; "
+        "R: smaller is closer to the references",
+        f"{'gradient':9}{'m':>5}{'R of the picture':>20}{'gain (spread)':>20}{'closer':>9}{'R of D, first to last step':>29}{'limited':>9}"
+        + "".join(f"{label:>14}" for label in LABELS),
+    ]
+    for job in result["jobs"]:
+        final, gain = job["final"], job["gain"]
+        places = (0, len(job["along"]) // 2, -1)
+        along = " -> ".join(f"{job['along'][place]:.3f}" for place in places)
+        closer = f"{sum(g > 0 for g in gain)}/{len(gain)}" if job["m"] else ""
+        lines.append(
+            f"{job['gradient']:9}{job['m']:5g}{f'{statistics.mean(final):.4f} ({statistics.stdev(final):.4f})':>20}"
+            f"{f'{statistics.mean(gain):+.4f} ({statistics.stdev(gain):.4f})' if job['m'] else '':>20}{closer:>9}"
+            f"{along:>29}"
+            f"{job['bitten']:9.0%}" + "".join(f"{statistics.mean(job['terms'][term]):14.4f}" for term in TERMS)
+        )
+    return "\n".join(lines)
+
+
+__all__ = ["GRADIENTS", "STRENGTHS", "add_arguments", "final_similarities", "measure", "run", "steerable_model"]
