@@ -134,10 +134,16 @@ def _references_html(references: Sequence[_SeenReference]) -> str:
     cards = "".join(
         f'<figure><img src="{reference.address}" alt="{html.escape(reference.side)} reference"><figcaption>'
         f"<b>{html.escape(reference.side.capitalize())} reference</b>"
-        f"<span>{'your picture' if reference.given else html.escape(reference.prompt)}</span></figcaption></figure>"
+        f"<span>{_origin(reference)}</span></figcaption></figure>"
         for reference in references
     )
     return f'<div class="dynfuse-references">{cards}</div>'
+
+
+def _origin(reference: _SeenReference) -> str:
+    if reference.given:
+        return "your picture"
+    return f"generated: {html.escape(reference.prompt)}" if reference.prompt else "generated"
 
 
 def _stacked(drawn: Sequence[Image.Image]) -> Image.Image:

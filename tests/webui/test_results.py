@@ -112,8 +112,7 @@ def test_a_guided_job_shows_its_curve_and_both_references():
     page = results.result_html("txt2img")
     assert page.count("data:image/png;base64,") == 2
     assert page.count("data:image/jpeg;base64,") == 2
-    assert "a &lt;b&gt;dog&lt;/b&gt;" in page
-    assert "<b>Subject reference</b>" in page
+    assert "<b>Subject reference</b><span>generated: a &lt;b&gt;dog&lt;/b&gt;</span>" in page
     assert "<b>Style reference</b><span>your picture</span>" in page
 
 
