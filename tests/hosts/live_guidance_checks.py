@@ -48,7 +48,8 @@ def guided(case, encoders):
 
 
 def tag(case, **settings):
-    return case.tag_with("guidance=true", *(f"{name}={value}" for name, value in settings.items()))
+    """m: so large that the limit decides, because small random encoders hardly have an opinion."""
+    return case.tag_with("guidance=true", *(f"{name}={value}" for name, value in {"m": 300, **settings}.items()))
 
 
 def told(case):
@@ -143,7 +144,8 @@ class TestGuidance:
         assert difference(moved, plain) >= SMALLEST_EFFECT
         assert moved.std() > plain.std() / 2
         (done,) = told(guided)["passes"]
-        assert len(done["steps"]) >= 4
+        # DPM fast has levels of its own, several of them in one step of the schedule.
+        assert len(done["steps"]) >= (2 if sampler == "DPM fast" else 4)
         assert not [note for note in done["notes"] if "given up" in note or "not guided" in note]
 
     @pytest.mark.parametrize("decoder", ["vae", "taesd"])

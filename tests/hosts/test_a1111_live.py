@@ -14,6 +14,7 @@ import pytest
 from .live import Case, WebUI, difference
 from .live_checks import *  # noqa: F403
 from .live_checks import ROUNDING
+from .live_guidance_checks import *  # noqa: F403
 
 URL = os.environ.get("DYNFUSE_A1111_URL")
 PRISTINE = os.environ.get("DYNFUSE_A1111_PRISTINE_URL")
