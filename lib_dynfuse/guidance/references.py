@@ -41,7 +41,8 @@ _MOST_TEXT = 64 << 20
 _ABANDONED_SECONDS = 3600.0
 
 # What Pillow and the decoding below raise for bytes that are no picture, or no longer the one that was written.
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError)
+# AttributeError: a picture of another kind under the name of a PNG has no text chunks.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)

@@ -205,9 +205,10 @@ def test_entries_are_shown_most_recent_first_and_clear_empties(cache):
         cache.put(key, noise(), embeddings(), f"prompt {side}")
         os.utime(cache.folder / f"{key.digest}.png", (1000 + age, 1000 + age))
     (cache.folder / "junk.png").write_bytes(b"no picture")
+    noise().save(cache.folder / "photo.png", "JPEG")
     assert [(entry.side, entry.prompt) for entry in cache.entries()] == [("style", "prompt style"), ("subject", "prompt subject")]
     assert cache.size() == sum(path.stat().st_size for path in cache.folder.iterdir())
-    assert cache.clear() == 3
+    assert cache.clear() == 4
     assert cache.entries() == []
     assert cache.size() == 0
 
