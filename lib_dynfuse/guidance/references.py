@@ -226,15 +226,22 @@ class ReferenceCache:
         about = {**about, "sum": _checksum(picture, about)}
         information = PngInfo()
         information.add_text(_CHUNK, json.dumps(about))
-        part = self.folder / f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.part"
-        try:
-            with open(part, "xb") as file:
-                picture.save(file, "PNG", pnginfo=information)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            self._remove(part)
+        content = io.BytesIO()
+        picture.save(content, "PNG", pnginfo=information)
+        for last in (False, False, True):
+            part = self.folder / f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.part"
+            try:
+                with open(part, "xb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+                return
+            except FileNotFoundError:  # another process has cleared the folder in between
+                if last:
+                    raise
+            finally:
+                self._remove(part)
 
     def _make_room(self, newest: Path) -> None:
         for path in self._abandoned(_ABANDONED_SECONDS):
