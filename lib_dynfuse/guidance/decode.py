@@ -104,6 +104,22 @@ def _area(length: int, size: int, dtype: torch.dtype, device: torch.device) -> T
         return (covered.clamp_min(0) / scale).to(device, dtype)
 
 
+def decoding_half(post_quant_conv: nn.Module | None, decoder: nn.Module) -> nn.Module:
+    """The half of an autoencoder that makes pictures, from its own units; some have no convolution in front of it."""
+    return nn.Sequential(decoder) if post_quant_conv is None else nn.Sequential(post_quant_conv, decoder)
+
+
+class ZeroToOne(nn.Module):
+    """A decoder whose pictures lie in [0, 1], as the WebUIs' TAESD, as one whose pictures lie in [-1, 1]."""
+
+    def __init__(self, decoder: nn.Module):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent) * 2 - 1
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -142,4 +158,4 @@ def _fresh(values: Tensor, dtype: torch.dtype, device: torch.device | str) -> Te
     return torch.empty(values.shape, dtype=kind, device=device).copy_(values.detach())
 
 
-__all__ = ["SMALL_PIXELS", "LatentDecoder", "VaeDecoder", "private_copy"]
+__all__ = ["SMALL_PIXELS", "LatentDecoder", "VaeDecoder", "ZeroToOne", "decoding_half", "private_copy"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..fusion import Rows
 from ..guidance.correction import Kind
+from ..guidance.decode import decoding_half
 from ..lora.branch import Branch, Dense, LowRank, bound
 from .base import WebUIHost, refuse_replaced_denoiser
 from .fusion_pass import RowLayout
@@ -88,12 +89,13 @@ class A1111(WebUIHost):
         vae = model.first_stage_model
         identity = (id(vae), model.sd_checkpoint_info.filename, sd_vae.loaded_vae_file)
         # decode_first_stage takes no gradients (ldm ddpm.py:817).
-        return HostVae(DecoderHalf(vae), float(model.scale_factor), 0.0, next(vae.decoder.parameters()).dtype, identity)
-
-    def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
-        from modules import sd_vae_taesd
-
-        return ZeroToOne(sd_vae_taesd.decoder_model())
+        return HostVae(
+            decoding_half(getattr(vae, "post_quant_conv", None), vae.decoder),
+            float(model.scale_factor),
+            0.0,
+            next(vae.decoder.parameters()).dtype,
+            identity,
+        )
 
     @contextlib.contextmanager
     def differentiable(self, cfg_denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -137,29 +139,6 @@ class A1111(WebUIHost):
 
         # In place: the other parts of the Lora extension hold the same list.
         networks.loaded_networks[:] = [net for net in networks.loaded_networks if not getattr(net, "is_dynfuse", False)]
-
-
-class DecoderHalf(nn.Module):
-    """The half of an autoencoder that makes pictures: VAE units -> (B, 3, H, W) in about [-1, 1] (ldm autoencoder.py:83)."""
-
-    def __init__(self, vae: Any):
-        super().__init__()
-        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
-        self.decoder = vae.decoder
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.decoder(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
-
-
-class ZeroToOne(nn.Module):
-    """TAESD, whose pictures lie in [0, 1] (sd_samplers_common.py:53)."""
-
-    def __init__(self, decoder: nn.Module):
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.decoder(latent) * 2.0 - 1.0
 
 
 class CondFirst:

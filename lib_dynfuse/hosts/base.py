@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..fusion import FusionError
 from ..guidance.correction import Kind
+from ..guidance.decode import ZeroToOne
 from ..guidance.encoders import Encoders, load_encoders
 from ..guidance.references import ReferenceCache
 from ..guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderSources
@@ -426,6 +427,13 @@ class WebUIHost(ABC):
         """See Guided."""
         return False
 
+    def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
+        """See Guided."""
+        from modules import sd_vae_taesd
+
+        decoder = sd_vae_taesd.decoder_model()
+        return ZeroToOne(decoder) if decoder is not None else None
+
     def reference_arguments(self, p: Any) -> dict[str, Any]:
         """Arguments of a reference's job, StableDiffusionProcessingTxt2Img, that only this WebUI has."""
         return {}
@@ -462,10 +470,6 @@ class WebUIHost(ABC):
 
     @abstractmethod
     def host_vae(self, cfg_denoiser: Any) -> HostVae:
-        """See Guided."""
-
-    @abstractmethod
-    def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
         """See Guided."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..fusion import Rows
 from ..guidance.correction import Kind
+from ..guidance.decode import decoding_half
 from ..lora.branch import Branch, LowRank, bound
 from .base import WebUIHost, refuse_replaced_denoiser
 from .forge_autograd import graph_through_inference_tensors
@@ -30,10 +31,6 @@ CONDITIONAL = 0  # an entry of cond_or_uncond (sampling_function.py:153)
 
 class Forge(WebUIHost):
     name = "Forge"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._taesd: _TaesdDecoder | None = None
 
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
         refuse_replaced_denoiser()
@@ -97,16 +94,8 @@ class Forge(WebUIHost):
     def host_vae(self, cfg_denoiser: Any) -> HostVae:
         vae = self._engine(cfg_denoiser).forge_objects.vae
         model = vae.first_stage_model
-        decoder = _VaeDecoder(model.post_quant_conv, model.decoder)
+        decoder = decoding_half(model.post_quant_conv, model.decoder)  # as IntegratedAutoencoderKL.decode, backend/nn/vae.py:304
         return HostVae(decoder, scale=model.scaling_factor, shift=model.shift_factor, dtype=vae.vae_dtype, identity=id(model))
-
-    def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
-        from modules import sd_vae_taesd
-
-        decoder = sd_vae_taesd.decoder_model()
-        if self._taesd is None or self._taesd.decoder is not decoder:
-            self._taesd = _TaesdDecoder(decoder)
-        return self._taesd
 
     @contextmanager
     def differentiable(
@@ -187,28 +176,6 @@ class Forge(WebUIHost):
     def _text_weight(clip: Any, parameter: Tensor, key: str) -> Tensor:
         """The weight before any LoRA: a merge of the last job may still be in the parameter (backend/patcher/lora.py:300)."""
         return _dequantised(clip.patcher.lora_loader.backup.get(key, parameter))
-
-
-class _VaeDecoder(nn.Module):
-    """The decoding half of Forge's VAE (IntegratedAutoencoderKL.decode, backend/nn/vae.py:304)."""
-
-    def __init__(self, post_quant_conv: nn.Module | None, decoder: nn.Module):
-        super().__init__()
-        self.post_quant_conv, self.decoder = post_quant_conv, decoder
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
-
-
-class _TaesdDecoder(nn.Module):
-    """TAESD as Forge has it, whose pictures are in [0, 1] (modules/sd_samplers_common.py:63)."""
-
-    def __init__(self, decoder: nn.Module):
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.decoder(latent) * 2 - 1
 
 
 @contextmanager
