@@ -1,8 +1,8 @@
 """`python -m lib_dynfuse demo`: the fusion at work on any machine, without a download.
 
-A Stable Diffusion 1.5 in miniature is made on the spot from random numbers, and two random LoRAs for it. Such a model has never seen
-a picture, so it paints abstract fields of colour; what they show is that both LoRAs change the image, and which of them each
-layer used.
+A Stable Diffusion 1.5 in miniature is made on the spot from random numbers, two random LoRAs for it, and two random image encoders. Such
+a model has never seen a picture, so it paints abstract fields of colour; what they show is that both LoRAs change the image, which of them
+each layer used, and that the guidance brings the image closer to its references, as far as the encoders can tell.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,18 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import nn
 
-from .fusion.selection_map import draw, text_font
+from .fusion import selection_map
+from .fusion.selection_map import text_font
+from .guidance import curve
 from .guidance.encoders import Encoders, ImageEncoder
+from .guidance.references import ReferenceCache
 from .lora import read_lora
 from .settings import FuseSettings
 
 PROMPT = "a dog in the style of watercolor"
 SEED = 7
 STEPS = 12
+CFG_SCALE = 4.0
 
 _TEXT_WIDTH = 64
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -37,44 +42,55 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 def run(out: Path) -> int:
     """Make the model, the LoRAs and the pictures, with progress on standard error. Returns the exit code.
 
-    out: the folder for subject.png, style.png, direct.png, fused.png, selection-map.png, and demo.png with all of them.
+    out: the folder for subject.png, style.png, direct.png, fused.png, guided.png, selection-map.png, curve.png, and demo.png with all
+    of them. The pictures of one LoRA alone are the guidance's references.
     """
     from tqdm import tqdm
 
-    from .hosts.diffusers import FusedPipeline
+    from .hosts.diffusers import FusedImages, FusedPipeline, GuidanceSources
 
     out.mkdir(parents=True, exist_ok=True)
-    print("Making a tiny Stable Diffusion 1.5 of random numbers, and two random LoRAs ...", file=sys.stderr)
+    print("Making a tiny Stable Diffusion 1.5, two LoRAs and two image encoders of random numbers ...", file=sys.stderr)
     pipeline = tiny_pipeline()
     subject_path, style_path = out / "demo-subject.safetensors", out / "demo-style.safetensors"
     write_random_lora(subject_path, pipeline, rank=8, strength=0.7, seed=1)
     write_random_lora(style_path, pipeline, rank=4, strength=0.7, seed=3)
     subject, style = read_lora(subject_path), read_lora(style_path)
 
-    jobs = {
-        "subject": ("Subject LoRA alone", FuseSettings(method="direct", style_weight=0.0)),
-        "style": ("Style LoRA alone", FuseSettings(method="direct", subject_weight=0.0)),
-        "direct": ("Both added up (direct)", FuseSettings(method="direct")),
-        "fused": ("Both fused (dynfuse)", FuseSettings()),
-    }
-    pictures: dict[str, Image.Image] = {}
-    trace = None
-    with one_thread(), tqdm(total=STEPS * len(jobs), unit="step") as bar:
-        for name, (label, settings) in jobs.items():
-            bar.set_description(f"{label:<22}")
-            made = FusedPipeline(pipeline, subject, style, settings)(
-                PROMPT, seeds=[SEED], steps=STEPS, cfg_scale=4.0, progress=lambda done, total: bar.update()
+    jobs = {"direct": FuseSettings(method="direct"), "fused": FuseSettings(), "guided": FuseSettings(guidance=True)}
+    alone = {"subject": "Subject LoRA alone", "style": "Style LoRA alone"}
+    labels = {**alone, "direct": "Both added up (direct)", "fused": "Both fused (dynfuse)", "guided": "Fused and guided"}
+    made: dict[str, FusedImages] = {}
+    with one_thread(), tempfile.TemporaryDirectory() as cache, tqdm(total=STEPS * len(labels), unit="step") as bar:
+        sources = GuidanceSources(tiny_encoders(), ReferenceCache(Path(cache)))
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.set_description(f"{labels[name]:<22}")
+            bar.update()
+
+        for name, settings in jobs.items():
+            made[name] = FusedPipeline(pipeline, subject, style, settings, sources)(
+                PROMPT,
+                seeds=[SEED],
+                steps=STEPS,
+                cfg_scale=CFG_SCALE,
+                progress=partial(show, name),
+                reference_progress=show,
             )
-            pictures[name] = made.images[0]
-            pictures[name].save(out / f"{name}.png")
-            trace = made.trace
-    assert trace is not None
-    selection_map = draw(trace, subject.name, style.name)
-    selection_map.save(out / "selection-map.png")
-    contact_sheet([(label, pictures[name]) for name, (label, _) in jobs.items()], selection_map).save(out / "demo.png")
+    guided = made["guided"]
+    assert guided.guidance is not None
+    pictures = {reference.side: reference.picture for reference in guided.references}
+    pictures.update({name: result.images[0] for name, result in made.items()})
+    map_of_choices = selection_map.draw(made["fused"].trace, subject.name, style.name)
+    similarities = curve.draw(guided.guidance, map_of_choices.width)
+    for name, picture in {**pictures, "selection-map": map_of_choices, "curve": similarities}.items():
+        picture.save(out / f"{name}.png")
+    contact_sheet([(label, pictures[name]) for name, label in labels.items()], map_of_choices, similarities).save(out / "demo.png")
+    trace = made["fused"].trace
     print(
-        f"{out / 'demo.png'} shows all four pictures and the selection map: the subject was used in {trace.subject_share():.0%} of "
-        f"{trace.measured.sum()} choices.\nThe model is random, so the pictures are abstract; with a real model and two real LoRAs, try "
+        f"{out / 'demo.png'} shows all five pictures, the selection map (the subject was used in {trace.subject_share():.0%} of "
+        f"{trace.measured.sum()} choices) and how similar the guided picture became to the two references, which are the pictures of one "
+        "LoRA alone.\nThe model and the encoders are random, so the pictures are abstract; with a real model and two real LoRAs, try "
         "python -m lib_dynfuse generate --help."
     )
     return 0
@@ -116,7 +132,11 @@ def tiny_pipeline(seed: int = 0) -> Any:
         )
         _make_smooth(unet, 2.5)
         _make_smooth(autoencoder.decoder, 2.0)
-        # A random network cannot predict noise. One that predicts the picture itself still paints something of its own.
+        # A random network cannot predict noise, and one that predicts the picture jumps about from step to step. Of velocity v,
+        # D = x / (1 + s^2) - v s / sqrt(1 + s^2): the first part is the exact denoiser of data without structure, which v bends.
+        with torch.no_grad():
+            for parameter in unet.conv_out.parameters():
+                parameter.mul_(0.5)
         scheduler = DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -124,7 +144,7 @@ def tiny_pipeline(seed: int = 0) -> Any:
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,
-            prediction_type="sample",
+            prediction_type="v_prediction",
         )
         pipeline = StableDiffusionPipeline(
             vae=autoencoder.eval(),
@@ -203,27 +223,31 @@ def write_random_lora(path: Path, pipeline: Any, *, rank: int, strength: float, 
     save_file(tensors, str(path))
 
 
-def contact_sheet(pictures: list[tuple[str, Image.Image]], selection_map: Image.Image) -> Image.Image:
-    """The labelled pictures in a row above the selection map."""
-    margin, line = 14, 22
-    width = max(selection_map.width, sum(picture.width + margin for _, picture in pictures) + margin)
+def contact_sheet(pictures: list[tuple[str, Image.Image]], map_of_choices: Image.Image, similarities: Image.Image) -> Image.Image:
+    """The labelled pictures in a row above the selection map and the curve."""
+    margin, line, ink, faint = 14, 22, (32, 32, 32), (96, 96, 96)
+    figures = [
+        ("Which LoRA each layer of the fused picture used, step by step:", map_of_choices),
+        ("How similar the guided picture was to the references (the first two pictures), step by step:", similarities),
+    ]
+    row = margin + sum(picture.width + margin for _, picture in pictures)
+    width = max(row, *(figure.width + 2 * margin for _, figure in figures))
     tallest = max(picture.height for _, picture in pictures)
-    sheet = Image.new("RGB", (width, tallest + selection_map.height + 3 * margin + 3 * line), "white")
+    height = margin + line + tallest + margin + sum(line + figure.height + margin for _, figure in figures) + line + margin
+    sheet = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(sheet), text_font()
     left = margin
     for label, picture in pictures:
-        pen.text((left, margin), label, fill=(32, 32, 32), font=font)
+        pen.text((left, margin), label, fill=ink, font=font)
         sheet.paste(picture, (left, margin + line))
         left += picture.width + margin
-    top = 2 * margin + line + tallest
-    pen.text((margin, top), "Which LoRA each layer of the fused picture used, step by step:", fill=(32, 32, 32), font=font)
-    sheet.paste(selection_map, ((width - selection_map.width) // 2, top + line))
-    pen.text(
-        (margin, sheet.height - margin - line // 2),
-        "The model and both LoRAs are random numbers made on the spot: the pictures are abstract on purpose.",
-        fill=(96, 96, 96),
-        font=font,
-    )
+    top = margin + line + tallest + margin
+    for label, figure in figures:
+        pen.text((margin, top), label, fill=ink, font=font)
+        sheet.paste(figure, ((width - figure.width) // 2, top + line))
+        top += line + figure.height + margin
+    note = "The model, both LoRAs and the encoders are random numbers made on the spot: the pictures are abstract on purpose."
+    pen.text((margin, top), note, fill=faint, font=font)
     return sheet
 
 

@@ -24,12 +24,12 @@ def _no_network(monkeypatch):
 
 
 @pytest.mark.usefixtures("_no_network")
-def test_the_demo_writes_four_different_pictures_a_map_and_a_sheet(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "STEPS", 2)
+def test_the_demo_writes_five_different_pictures_a_map_a_curve_and_a_sheet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "STEPS", 3)
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
-    pictures = {name: Image.open(tmp_path / "demo" / f"{name}.png") for name in ("subject", "style", "direct", "fused")}
+    pictures = {name: Image.open(tmp_path / "demo" / f"{name}.png") for name in ("subject", "style", "direct", "fused", "guided")}
     assert all(picture.size == (256, 256) for picture in pictures.values())
-    assert len({picture.tobytes() for picture in pictures.values()}) == 4
+    assert len({picture.tobytes() for picture in pictures.values()}) == 5
     for picture in pictures.values():
         # Not a flat field: the spread of each colour channel, of 255.
         assert all(low + 60 < high for low, high in picture.getextrema())
@@ -37,11 +37,28 @@ def test_the_demo_writes_four_different_pictures_a_map_and_a_sheet(tmp_path, mon
     counts = {colour: count for count, colour in selection_map.getcolors(selection_map.width * selection_map.height)}
     assert min(counts[SUBJECT], counts[STYLE]) > 0.1 * max(counts[SUBJECT], counts[STYLE])
     sheet = Image.open(tmp_path / "demo" / "demo.png")
-    assert sheet.width >= 4 * 256
-    assert sheet.height > selection_map.height + 256
+    curve = Image.open(tmp_path / "demo" / "curve.png")
+    assert sheet.width >= 5 * 256
+    assert sheet.height > selection_map.height + curve.height + 256
     output = capsys.readouterr()
     assert "random" in output.out
     assert "Subject LoRA alone" in output.err
+    assert "Fused and guided" in output.err
+    assert (tmp_path / "demo" / "subject.png").read_bytes() == alone(tmp_path / "demo", "subject").read_bytes()
+
+
+def alone(folder, side):
+    """The picture of one LoRA alone, by itself, under another name."""
+    from lib_dynfuse.hosts.diffusers import FusedPipeline
+
+    pair = [read_lora(folder / f"demo-{name}.safetensors") for name in ("subject", "style")]
+    settings = demo.FuseSettings(method="direct", subject_weight=float(side == "subject"), style_weight=float(side == "style"))
+    with demo.one_thread():
+        made = FusedPipeline(demo.tiny_pipeline(), *pair, settings)(
+            demo.PROMPT, seeds=[demo.SEED], steps=demo.STEPS, cfg_scale=demo.CFG_SCALE
+        )
+    made.images[0].save(folder / "alone.png")
+    return folder / "alone.png"
 
 
 @pytest.mark.usefixtures("_no_network")

@@ -1,9 +1,7 @@
 """bench steering: whether guided pictures come closer to their references than unguided ones of the same seeds, and how much.
 
-The model is a small one on which the score can move. A random network is no denoiser: what it makes of a latent jumps about with the
-latent, and nothing that is steered at one step is left at the next. So the demo's network predicts velocity, at half its strength:
-then D = x / (1 + s^2) - (s / sqrt(1 + s^2)) v, of which the first part is the exact denoiser of data without structure, and the network
-and its LoRAs only bend it. The encoders are random as well. It shows that the machinery steers, not what people see in real pictures.
+The model (see small_model), its LoRAs and the encoders are small and random. It shows that the machinery steers, not what people see in
+real pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from PIL import Image
 from ..guidance.encoders import Encoders
 from ..guidance.references import ReferenceCache
 from ..guidance.score import LABELS, TERMS, Targets, score, similarities
-from ..lora import LoraFile, read_lora
+from ..lora import LoraFile
 from ..settings import FuseSettings
+from .small_model import small_loras, small_pipeline
 
 STRENGTHS = (0.0, 0.1, 0.3, 1.0, 5.0, 10.0, 20.0, 50.0)
 GRADIENTS = ("fast", "exact")
@@ -33,7 +33,6 @@ GRADIENTS = ("fast", "exact")
 _PROMPT = "a dog in the style of watercolor"
 _REFERENCE_SEED = 1000  # of none of the pictures
 _CFG_SCALE = 3.0
-_NETWORK_STRENGTH = 0.5
 _WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
 # Watches the unguided steps: too small to change a float32.
 _NOTHING = 1e-30
@@ -42,7 +41,7 @@ _NOTHING = 1e-30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=16, metavar="N", help="pictures, of seeds 0 to N - 1 (default: 16)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default: 20)")
-    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of the pictures in pixels (default: 64)")
+    parser.add_argument("--size", type=int, default=32, metavar="PX", help="side of the pictures in pixels (default: 32)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -53,87 +52,69 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"The benchmark builds its model with {error.name}, which is not installed here: pip install {error.name}", file=sys.stderr)
         return 2
-    if arguments.seeds < 2 or arguments.steps < 2 or arguments.size < 64 or arguments.size % 8:
-        print("--seeds and --steps must be at least 2, --size a multiple of 8 and at least 64.", file=sys.stderr)
+    if arguments.seeds < 2 or arguments.steps < 2 or arguments.size < 16 or arguments.size % 8:
+        print("--seeds and --steps must be at least 2, --size a multiple of 8 and at least 16.", file=sys.stderr)
         return 2
     progress = (lambda text: None) if arguments.json else (lambda text: print(text, file=sys.stderr, flush=True))
-    result = measure(range(arguments.seeds), arguments.steps, arguments.size, STRENGTHS, GRADIENTS, progress)
+    from ..demo import one_thread, tiny_encoders
+
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        pipeline = small_pipeline()
+        make = Maker(
+            pipeline,
+            small_loras(Path(folder), pipeline),
+            tiny_encoders(),
+            Path(folder),
+            range(arguments.seeds),
+            arguments.steps,
+            arguments.size,
+        )
+        result = measure(make, STRENGTHS, GRADIENTS, progress)
     print(json.dumps(result, indent=2) if arguments.json else _table(result))
     return 0
 
 
 def measure(
-    seeds: Sequence[int],
-    steps: int,
-    size: int,
-    strengths: Sequence[float],
-    gradients: Sequence[str],
-    progress: Callable[[str], None] = lambda text: None,
+    make: Maker, strengths: Sequence[float], gradients: Sequence[str], progress: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Make the pictures of all seeds for each gradient and m.
+    """Make the pictures of all seeds for each gradient and m, the first of which must be 0.
 
     Returns per gradient and m: final (seeds, R of the finished picture, 8 bits a channel), terms (its three similarities), gain (of R
     against the same seed unguided), along (R of D before each step's correction, mean over the seeds), and bitten (share of the
     corrections that the limit scaled down).
     """
-    from ..demo import one_thread, tiny_encoders
-
-    encoders = tiny_encoders()
-    jobs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, one_thread():
-        pipeline, pair = steerable_model(Path(folder))
-        make = _Maker(pipeline, pair, encoders, ReferenceCache(Path(folder) / "references"), seeds, steps, size)
-        unguided: list[float] | None = None
-        for gradient in gradients:
-            for m in strengths:
-                if not m and unguided is not None:  # the same for every gradient
-                    continue
-                progress(f"{gradient}, m = {m:g} ...")
-                job = make(gradient, m)
-                unguided = unguided or job["final"]
-                gains = [before - after for before, after in zip(unguided, job["final"])]
-                jobs.append({"gradient": gradient if m else "none", "m": m, **job, "gain": gains})
-    return {"seeds": len(seeds), "steps": steps, "size": size, "limit": FuseSettings().limit, "torch": torch.__version__, "jobs": jobs}
+    unguided, *guided = strengths
+    progress("Unguided ...")
+    first = {"gradient": "none", "m": unguided, **make("fast", unguided)}
+    jobs = [first]
+    for gradient in gradients:
+        for m in guided:
+            progress(f"{gradient}, m = {m:g} ...")
+            jobs.append({"gradient": gradient, "m": m, **make(gradient, m)})
+    for job in jobs:
+        job["gain"] = [before - after for before, after in zip(first["final"], job["final"])]
+    setup = {"seeds": len(make.seeds), "steps": make.steps, "size": make.size, "limit": FuseSettings().limit, "torch": torch.__version__}
+    return {**setup, "jobs": jobs}
 
 
-def steerable_model(folder: Path) -> tuple[Any, tuple[LoraFile, LoraFile]]:
-    """The pipeline (see the module's text) and two LoRAs for it, written into the folder."""
-    import diffusers
+@dataclass(frozen=True)
+class Maker:
+    """Makes the pictures of all seeds. folder: for the references."""
 
-    from ..demo import tiny_pipeline, write_random_lora
-
-    pipeline = tiny_pipeline()
-    with torch.no_grad():
-        for parameter in pipeline.unet.conv_out.parameters():
-            parameter.mul_(_NETWORK_STRENGTH)
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
-    files = folder / "subject.safetensors", folder / "style.safetensors"
-    for file, rank, seed in zip(files, (8, 4), (1, 3)):
-        write_random_lora(file, pipeline, rank=rank, strength=0.7, seed=seed)
-    return pipeline, (read_lora(files[0]), read_lora(files[1]))
-
-
-class _Maker:
-    """Makes the pictures of one gradient and m."""
-
-    def __init__(
-        self,
-        pipeline: Any,
-        pair: tuple[LoraFile, LoraFile],
-        encoders: Encoders,
-        cache: ReferenceCache,
-        seeds: Sequence[int],
-        steps: int,
-        size: int,
-    ):
-        self.pipeline, self.pair, self.encoders, self.cache = pipeline, pair, encoders, cache
-        self.seeds, self.steps, self.size = seeds, steps, size
+    pipeline: Any
+    pair: tuple[LoraFile, LoraFile]
+    encoders: Encoders
+    folder: Path
+    seeds: Sequence[int]
+    steps: int
+    size: int
 
     def __call__(self, gradient: str, m: float) -> dict[str, Any]:
+        """final, terms, along and bitten, as measure returns them."""
         from ..hosts.diffusers import FusedPipeline, GuidanceSources
 
         settings = FuseSettings(guidance=True, gradient=gradient, m=m or _NOTHING, reference_seed=_REFERENCE_SEED)
-        fused = FusedPipeline(self.pipeline, *self.pair, settings, GuidanceSources(self.encoders, self.cache))
+        fused = FusedPipeline(self.pipeline, *self.pair, settings, GuidanceSources(self.encoders, ReferenceCache(self.folder)))
         made = fused(_PROMPT, seeds=self.seeds, steps=self.steps, width=self.size, height=self.size, cfg_scale=_CFG_SCALE)
         record = made.guidance
         assert record is not None
@@ -175,4 +156,4 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["GRADIENTS", "STRENGTHS", "add_arguments", "final_similarities", "measure", "run", "steerable_model"]
+__all__ = ["GRADIENTS", "STRENGTHS", "Maker", "add_arguments", "final_similarities", "measure", "run"]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
-    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -28,6 +26,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from lib_dynfuse.bench.small_model import small_pipeline
 from lib_dynfuse.demo import letter_tokenizer
 
 
@@ -65,42 +64,9 @@ def ready(pipeline):
     return pipeline
 
 
-def sd(seed=0):
-    """Stable Diffusion 1.x with two levels: 2 pixels per latent pixel, and colours that spread over the whole range."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        tokenizer = letter_tokenizer()
-        unet = UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(16, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=2,
-            cross_attention_dim=24,
-            norm_num_groups=8,
-        )
-        vae = autoencoder()
-        with torch.no_grad():
-            vae.decoder.conv_out.weight.mul_(3.0)
-        pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=CLIPTextModel(clip_config(len(tokenizer), 24, 24)),
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=DDIMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-            ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    return ready(pipeline)
+def sd():
+    """Stable Diffusion 1.x with two levels: 2 pixels per latent pixel."""
+    return small_pipeline("epsilon")
 
 
 def sdxl():
