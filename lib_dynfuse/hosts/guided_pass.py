@@ -231,6 +231,8 @@ class GuidedPass:
         try:
             module = self._host.taesd_decoder(cfg_denoiser)
             reason = "this WebUI has none for this model"
+        except OSError as error:  # also what a download raises
+            module, reason = None, f"the WebUI could not get its file: {getattr(error, 'reason', error)}"
         except Exception as error:
             module, reason = None, str(error) or type(error).__name__
         if module is None:
