@@ -26,7 +26,7 @@ from ..guidance.encoders import Encoders
 from ..guidance.guide import Guide
 from ..guidance.score import Targets, score, similarities
 from ..settings import FuseSettings
-from . import networks
+from . import networks, operations
 from .fusion import CONFIGURATIONS, default_size, processor, random_lora, unet_inputs
 from .memory import peak_above_before
 
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns that each way takes (default: 3)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--without-exact", action="store_true", help="leave the exact gradient out, which needs by far the most memory")
+    parser.add_argument("--operations", action="store_true", help="count operations and run nothing: any model and size, on any machine")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -62,6 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     if size % 64 or size <= 0 or arguments.rank <= 0 or arguments.rounds <= 0:
         print("--size must be a positive multiple of 64, --rank and --rounds positive.", file=sys.stderr)
         return 2
+    if arguments.operations:
+        counted = operations.count(arguments.model, size)
+        print(json.dumps(counted, indent=2) if arguments.json else operations.table(counted))
+        return 0
     progress = (lambda text: None) if arguments.json else (lambda text: print(text, file=sys.stderr, flush=True))
     progress(f"Building {arguments.model}'s U-Net and VAE, TAESD, CLIP and DINO with random weights ...")
     load_before = _load()

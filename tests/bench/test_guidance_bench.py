@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("diffusers", reason="the benchmark builds its networks with diffusers")
 
 from lib_dynfuse import FuseSettings, read_lora
-from lib_dynfuse.bench import guidance, main, memory, networks
+from lib_dynfuse.bench import guidance, main, memory, networks, operations
 from lib_dynfuse.fusion import FusionSession
 from lib_dynfuse.guidance.decode import VaeDecoder
 from tests.fakes.encoders import small_encoders
@@ -91,6 +91,14 @@ def test_the_encoders_are_of_the_published_size():
     with torch.device("meta"):
         parameters = networks.encoders(torch.device("meta")).memory / 4
     assert parameters == pytest.approx(87.8e6 + 21.6e6, rel=0.01)
+
+
+def test_operations_are_those_of_the_products_there_and_back():
+    layer = torch.nn.Linear(8, 16, device="meta").requires_grad_(False)
+    assert operations.operations(lambda: layer(torch.empty(4, 8, device="meta"))) == 2 * 4 * 8 * 16
+    assert operations.there_and_back(layer, 4, 8) == 2 * 2 * 4 * 8 * 16
+    kernel = torch.nn.Conv2d(3, 5, 3, padding=1, device="meta").requires_grad_(False)
+    assert operations.there_and_back(kernel, 1, 3, 6, 6) == 2 * 2 * 36 * 3 * 5 * 9
 
 
 @pytest.mark.parametrize("arguments", [["--size", "100"], ["--rank", "0"], ["--rounds", "0"]])
