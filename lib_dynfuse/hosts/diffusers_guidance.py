@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..guidance.decode import SMALL_PIXELS, LatentDecoder, VaeDecoder, private_copy
+from ..guidance.decode import SMALL_PIXELS, LatentDecoder, VaeDecoder, decoding_half, private_copy
 from ..guidance.encoders import Encoders
 from ..guidance.guide import GuidanceRecord, Guide, is_out_of_memory
 from ..guidance.references import ReferenceCache
@@ -164,10 +164,12 @@ def guidance_decoders(pipeline: Any, choice: str, taesd: nn.Module | None) -> li
         raise NoDecoderError("The decoder taesd is not part of a pipeline: name a folder with one (--taesd), or use vae-small.")
     vae: Any = pipeline.vae if choice != "taesd" else taesd
     network, dtype = _differentiable_decoder(vae, pipeline._execution_device)
+    smallest = SMALL_PIXELS // 2
+    small: dict[str, int | None] = {"vae-small": SMALL_PIXELS, f"vae-small at {smallest} pixels": smallest}
     sizes: dict[str, dict[str, int | None]] = {
-        "vae": {"vae": None, "vae-small": SMALL_PIXELS},
-        "vae-small": {"vae-small": SMALL_PIXELS, "vae at half that size": SMALL_PIXELS // 2},
-        "taesd": {"taesd": None, "taesd at a small size": SMALL_PIXELS},
+        "vae": {"vae": None, **small},
+        "vae-small": small,
+        "taesd": {"taesd": None, f"taesd at {SMALL_PIXELS} pixels": SMALL_PIXELS},
     }
     return [
         VaeDecoder(
@@ -185,14 +187,13 @@ def guidance_decoders(pipeline: Any, choice: str, taesd: nn.Module | None) -> li
 
 def _differentiable_decoder(vae: Any, device: torch.device) -> tuple[nn.Module, torch.dtype]:
     """The VAE's decoding part, from its own units to pictures, on that device and in a type that it can be computed in."""
-    parts = [part for part in (getattr(vae, "post_quant_conv", None), vae.decoder) if part is not None]
     weight = next(vae.decoder.parameters())
     dtype = weight.dtype
     if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
     elif dtype == torch.float16 and getattr(vae.config, "force_upcast", False):  # SDXL's leaves float16's range
         dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    network = nn.Sequential(*parts)
+    network = decoding_half(getattr(vae, "post_quant_conv", None), vae.decoder)
     if dtype != weight.dtype or device != weight.device:  # offloaded, or not to be computed in its own type
         network = private_copy(network, dtype, device)
     return network, dtype

@@ -382,6 +382,36 @@ def test_when_memory_runs_out_in_the_denoiser_the_fast_gradient_takes_over(sd, l
     assert sum("exact" in note and "fast" in note for note in result.notes) == 1
 
 
+@pytest.mark.parametrize(("choice", "after"), [("vae", "vae-small"), ("vae-small", "vae-small at 128 pixels")])
+def test_when_memory_runs_out_in_the_decoder_a_smaller_one_takes_over(sd, loras, sources, given, choice, after):
+    calls = []
+
+    def short(module, args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA out of memory")
+
+    hook = sd.vae.decoder.register_forward_pre_hook(short)
+    try:
+        _, result = run(sd, loras, sources, **given, decoder=choice)
+    finally:
+        hook.remove()
+    assert result.guidance.steps == [0, 1, 2, 3]
+    assert sum("Memory ran out" in note and after in note for note in result.notes) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@GRADIENTS
+def test_models_in_half_precision_are_guided(dtype, loras, sources, given, gradient):
+    pipeline = tiny_pipelines.sd().to(dtype)
+    unguided = plain(pipeline, loras, sources)
+    guided, result = run(pipeline, loras, sources, **given, gradient=gradient)
+    assert guided.dtype == dtype
+    assert result.guidance.non_finite == 0
+    assert not torch.equal(guided, unguided)
+    assert torch.isfinite(guided).all()
+
+
 # References
 
 
