@@ -97,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         "size": size,
         "rank": arguments.rank,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "clock": "processor time of all threads" if device.type == "cpu" else "wall",
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "vae_dtype": str(vae_dtype).removeprefix("torch."),
@@ -150,9 +151,10 @@ class GuidedStep:
         return rows[:1].float() * (1 + _SIGMA**2) ** 0.5 - _SIGMA * noise.float()
 
     def wait(self) -> float:
-        """The time once the device has done everything."""
-        if self.inputs["sample"].device.type == "cuda":
-            torch.cuda.synchronize()
+        """The time once the device has done everything. On a CPU the process's own time: other programs on the machine do not count."""
+        if self.inputs["sample"].device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
         return time.perf_counter()
 
     def parts(self, decoder: LatentDecoder, denoised: Tensor) -> dict[str, float]:
@@ -258,7 +260,7 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         f"{setup['model']}, {setup['size']} px, rank {setup['rank']}; {setup['device']}, {setup['threads']} threads, {setup['dtype']} "
         f"(VAE {setup['vae_dtype']}, encoders float32), torch {setup['torch']}, diffusers {setup['diffusers']}, Python {setup['python']}; "
-        f"load {load[0]} before, {load[1]} after",
+        f"{setup['clock']}; load {load[0]} before, {load[1]} after",
         f"{'':16}{'s':>9}{'added':>9}{'range':>17}{'peak memory':>14}",
     ]
     for name, elapsed in result["median_seconds"].items():
