@@ -57,6 +57,12 @@ class GuidanceRecord:
     notes: list[str] = field(default_factory=list)
 
 
+def wants_guidance(settings: FuseSettings) -> bool:
+    """Whether these settings would ever move anything."""
+    weights = (settings.content_weight, settings.style_clip_weight, settings.style_dino_weight)
+    return settings.guidance and settings.m > 0 and any(weights)
+
+
 class Guide:
     """Guidance of one pass (a hires pass is another) towards one pair of references.
 
@@ -285,4 +291,4 @@ def _free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-__all__ = ["GuidanceRecord", "Guide", "is_out_of_memory"]
+__all__ = ["GuidanceRecord", "Guide", "is_out_of_memory", "wants_guidance"]

@@ -28,7 +28,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..settings import SettingsError
+from ..settings import FuseSettings, SettingsError
 from .encoders import Embeddings, Encoders
 
 _CHUNK = "dynfuse reference"
@@ -269,6 +269,13 @@ class ReferenceCache:
         return True
 
 
+def sides_needed(settings: FuseSettings) -> tuple[str, ...]:
+    """The references that count: "subject", "style"."""
+    subject = ("subject",) if settings.content_weight else ()
+    style = ("style",) if settings.style_clip_weight or settings.style_dino_weight else ()
+    return (*subject, *style)
+
+
 def reference_of_given(side: str, text: str, cache: ReferenceCache, encoders: Encoders) -> Reference:
     """The reference that a picture of the user's makes. text: see ReferenceCache.picture. Raises SettingsError, naming the setting."""
     try:
@@ -319,4 +326,4 @@ def _row(text: str) -> Tensor:
 
 KEY_FIELDS = tuple(f.name for f in fields(ReferenceKey))
 
-__all__ = ["KEY_FIELDS", "Entry", "Reference", "ReferenceCache", "ReferenceKey", "reference_of_given"]
+__all__ = ["KEY_FIELDS", "Entry", "Reference", "ReferenceCache", "ReferenceKey", "reference_of_given", "sides_needed"]

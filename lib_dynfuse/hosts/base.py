@@ -32,13 +32,14 @@ from ..fusion import FusionError
 from ..guidance.correction import Kind
 from ..guidance.decode import ZeroToOne
 from ..guidance.encoders import Encoders, load_encoders
+from ..guidance.guide import wants_guidance
 from ..guidance.references import ReferenceCache
 from ..guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderSources
 from ..lora import LoraFile, compatible
 from ..lora.branch import LoraError, applied_size
 from ..settings import FuseSettings, SettingsError
 from .fusion_pass import FusionJob, FusionPass, Request, RowLayout
-from .guided_pass import GuidedPass, HostVae, memory_needed, wants_guidance
+from .guided_pass import GuidedPass, HostVae, memory_needed
 from .lora_files import FileVersion, LoraFiles
 from .reference_maker import (
     BaseIdentity,

@@ -29,8 +29,8 @@ from torch import nn
 from ..fusion import FusionError, FusionSession, Report, Rows, Trace
 from ..fusion.layer import FusedLayer, FusedSite, StepState
 from ..guidance.encoders import Encoders, load_encoders
-from ..guidance.guide import GuidanceRecord
-from ..guidance.references import Reference, reference_of_given
+from ..guidance.guide import GuidanceRecord, wants_guidance
+from ..guidance.references import Reference, reference_of_given, sides_needed
 from ..guidance.score import Targets
 from ..guidance.weights import EncoderError
 from ..lora import LoraFile
@@ -40,7 +40,6 @@ from ..settings import FuseSettings
 from .diffusers_guidance import GuidanceSources, GuidedCall, NoDecoderError, guidance_decoders
 from .diffusers_references import Job, influential, reference_key, reference_prompt
 from .diffusers_schedulers import SchedulerError, SchedulerSteps
-from .guided_pass import sides_needed
 from .reference_maker import alone
 from .wrapping import wrapped
 
@@ -184,9 +183,9 @@ class FusedPipeline:
     ) -> tuple[GuidedCall | None, list[Reference]]:
         """The guidance of a call and its references; none where the settings or missing encoders leave it out."""
         settings = self.settings
-        sides = sides_needed(settings)
-        if not settings.guidance or settings.m == 0 or not sides:
+        if not wants_guidance(settings):
             return None, []
+        sides = sides_needed(settings)
         try:
             SchedulerSteps(self.pipeline.scheduler)
             decoders = guidance_decoders(self.pipeline, settings.decoder, self.guidance.taesd)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..fusion import FusionError, FusionSession, Report, Rows, Trace
 from ..guidance.encoders import Encoders
-from ..guidance.references import Reference
+from ..guidance.references import Reference, sides_needed
 from ..lora import LoraFile
 from ..settings import FuseSettings
-from .guided_pass import Decoders, GuidedPass, sides_needed
+from .guided_pass import Decoders, GuidedPass
 from .lora_files import FileVersion
 from .text_parts import TextParts
 

@@ -262,19 +262,6 @@ def memory_needed(settings: FuseSettings, encoders: Encoders, width: int, height
     return images * (decoding + encoders.memory) + encoders.memory
 
 
-def wants_guidance(settings: FuseSettings) -> bool:
-    """Whether these settings would ever move anything."""
-    weights = (settings.content_weight, settings.style_clip_weight, settings.style_dino_weight)
-    return settings.guidance and settings.m > 0 and any(weights)
-
-
-def sides_needed(settings: FuseSettings) -> tuple[str, ...]:
-    """The references that count: "subject", "style"."""
-    subject = ("subject",) if settings.content_weight else ()
-    style = ("style",) if settings.style_clip_weight or settings.style_dino_weight else ()
-    return (*subject, *style)
-
-
 def _targets(references: Sequence[Reference]) -> Targets:
     by_side = {reference.side: reference.embeddings for reference in references}
     # A side that is not needed is compared with by no term.
@@ -295,4 +282,4 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name
     return args[position] if len(args) > position else kwargs[name]
 
 
-__all__ = ["Decoders", "Guided", "GuidedPass", "HostVae", "memory_needed", "sides_needed", "wants_guidance"]
+__all__ = ["Decoders", "Guided", "GuidedPass", "HostVae", "memory_needed"]

@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 
 from ..guidance.encoders import Encoders
-from ..guidance.references import Reference, ReferenceCache, ReferenceKey, reference_of_given
+from ..guidance.references import Reference, ReferenceCache, ReferenceKey, reference_of_given, sides_needed
 from ..settings import FuseSettings
-from .guided_pass import sides_needed
 from .lora_files import FileVersion
 
 log = logging.getLogger(__name__)
