@@ -101,9 +101,11 @@ def run(request: Request) -> int:
                 reference_progress=lambda side, done, total: bars.show(f"Reference picture of the {side}", done, total, "step"),
             )
             notes.update(dict.fromkeys(made.notes))
+            # An image that had to do without guidance does not claim it.
+            used = settings if made.guidance is not None or not settings.m else replace(settings, guidance=False)
             for position, (seed, image) in enumerate(zip(batch, made.images, strict=True)):
                 path = next_path(request.out, seed)
-                fields = infotext_fields(request, settings, pipeline, seed, image.size, (subject, style))
+                fields = infotext_fields(request, used, pipeline, seed, image.size, (subject, style))
                 information = PngInfo()
                 information.add_text("parameters", format_infotext(request.prompt, request.negative_prompt, fields))
                 image.save(path, pnginfo=information)

@@ -327,6 +327,7 @@ def test_missing_encoders_stop_the_run_before_anything_is_made_or_leave_the_guid
     assert not (tmp_path / "out").exists()
     assert run_guided(tiny, tmp_path / "out", "--offline", without_encoders="go-on", **nowhere) == 0
     assert "without guidance" in capsys.readouterr().err
+    assert not infotext.read_settings(entries_of(tmp_path / "out" / "00001-7.png")).guidance
     run(tiny, tmp_path / "plain")
     guided, plain = (Image.open(tmp_path / folder / "00001-7.png") for folder in ("out", "plain"))
     assert guided.tobytes() == plain.tobytes()
