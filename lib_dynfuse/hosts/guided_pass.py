@@ -32,10 +32,10 @@ _SMALLEST_PIXELS = 128
 # What autograd says about operations that other extensions may bring into the denoiser, in lower case.
 _NOT_DIFFERENTIABLE = ("inference tensor", "requires grad", "in-place operation", "inplace operation", "overwritten")
 
-# Bytes per decoded pixel and image that a VAE decoder and its gradient take in 16 bit, and TAESD (measured on SDXL's: 12 GiB at
-# 1024 x 1024, 0.7 GiB at 256 x 256).
-_VAE_BYTES_PER_PIXEL = 12 << 10
-_TAESD_BYTES_PER_PIXEL = 2 << 10
+# Bytes per decoded pixel and image that a decoder and its gradient take. docs/benchmarks.md: 1,726 MiB for a VAE and 361 MiB for TAESD
+# at 256 x 256 in float32; half of it for the VAE, which runs in 16 bit where memory is short.
+_VAE_BYTES_PER_PIXEL = 14 << 10
+_TAESD_BYTES_PER_PIXEL = 6 << 10
 
 
 @dataclass(frozen=True)
