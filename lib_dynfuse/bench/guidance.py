@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         "size": size,
         "rank": arguments.rank,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "clock": "processor time of all threads" if device.type == "cpu" else "wall",
+        "clock": "processor time" if work.by_processor_time else "wall",
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "vae_dtype": str(vae_dtype).removeprefix("torch."),
@@ -151,11 +151,15 @@ class GuidedStep:
         return rows[:1].float() * (1 + _SIGMA**2) ** 0.5 - _SIGMA * noise.float()
 
     def wait(self) -> float:
-        """The time once the device has done everything. On a CPU the process's own time: other programs on the machine do not count."""
-        if self.inputs["sample"].device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        """The time, in seconds, once the device has done everything."""
+        if self.inputs["sample"].device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if self.by_processor_time else time.perf_counter()
+
+    @property
+    def by_processor_time(self) -> bool:
+        """On one thread of a CPU other programs then do not count. Of several threads it would count how long they wait for each other."""
+        return self.inputs["sample"].device.type == "cpu" and torch.get_num_threads() == 1
 
     def parts(self, decoder: LatentDecoder, denoised: Tensor) -> dict[str, float]:
         """Seconds of a fast correction's stages, which are Guide's own, one by one."""
