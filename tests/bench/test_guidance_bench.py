@@ -19,7 +19,6 @@ from tests.fakes.encoders import small_encoders
 from tests.hosts import tiny_pipelines
 from tests.hosts.test_diffusers import SD
 
-
 ROOT = Path(__file__).parents[2]
 
 
