@@ -27,6 +27,7 @@ from .fusion.selection_map import text_font
 from .guidance import curve
 from .guidance.encoders import Encoders, ImageEncoder
 from .guidance.references import ReferenceCache
+from .guidance.weights import imported
 from .lora import read_lora
 from .settings import FuseSettings
 
@@ -166,9 +167,9 @@ def tiny_encoders(seed: int = 0) -> Encoders:
 
     Same seed, same weights. Needs no network.
     """
-    from open_clip.model import _build_vision_tower
     from transformers import ViTConfig, ViTModel
 
+    _build_vision_tower = imported("open_clip_torch", "open_clip.model")._build_vision_tower
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip = _build_vision_tower(32, {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}, False)

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPMessage
@@ -134,7 +135,10 @@ def dino_files(sources: EncoderSources, progress: Progress | None = None) -> Mod
 def imported(package: str, module: str) -> Any:
     """A module of a package that WebUIs bring along and other machines may lack. Raises EncoderError."""
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            # The versions that the WebUIs pin warn about each other's future (open_clip 2.20.0 about timm).
+            warnings.simplefilter("ignore", FutureWarning)
+            return importlib.import_module(module)
     except ImportError as error:
         raise EncoderError(f"The guidance needs the Python package {package}, which cannot be imported ({error}).") from None
 
