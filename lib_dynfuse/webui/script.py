@@ -6,6 +6,7 @@ tag and API take one path, and the host's caches of text conditionings see the s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from modules import errors, extra_networks, script_callbacks, scripts
 from modules.infotext_utils import PasteField
 
+from ..guidance.guide import wants_guidance
 from ..hosts.base import detect
 from ..settings import FuseSettings, SettingsError
 from . import infotext, options, panel, results, tag
@@ -59,7 +61,7 @@ class DynFuseScript(scripts.Script):
         settings = _settings_or_none(arguments)
         # A tag in a prompt goes before the panel, whose settings then made no image.
         if settings is not None and not all(tag.find_tags(prompt) for prompt in prompts):
-            p.extra_generation_params.update(infotext.settings_fields(settings))
+            p.extra_generation_params.update(infotext.settings_fields(_repeatable(settings, p.all_seeds)))
             names += [settings.subject, settings.style]
         p.extra_generation_params.update(infotext.hash_field(names, detect().lora_hash))
         if p.disable_extra_networks and (settings is not None or tags):
@@ -144,6 +146,13 @@ def _settings_or_none(arguments: Sequence[Any]) -> FuseSettings | None:
         return read_arguments(arguments, detect().reference_cache)
     except SettingsError:
         return None
+
+
+def _repeatable(settings: FuseSettings, seeds: Sequence[int]) -> FuseSettings:
+    """The settings under which each image of a job can be made again alone: the references are those of the job's first seed."""
+    if not wants_guidance(settings) or settings.reference_seed >= 0 or len(seeds) < 2:
+        return settings
+    return dataclasses.replace(settings, reference_seed=int(seeds[0]))
 
 
 def _readable(tags: list[list[str]]) -> Iterator[FuseSettings]:

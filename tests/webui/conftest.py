@@ -184,6 +184,7 @@ class Job:
 
     def __init__(self, *prompts, hr_prompts=None, disable_extra_networks=False, **attributes):
         self.all_prompts = list(prompts) or ["a dog"]
+        self.all_seeds = [7 + i for i in range(len(self.all_prompts))]
         self.all_hr_prompts = hr_prompts
         self.enable_hr = hr_prompts is not None
         self.hr_extra_network_data = None

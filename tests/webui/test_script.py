@@ -104,6 +104,22 @@ def test_the_infotext_gets_settings_and_hashes(script):
     }
 
 
+@pytest.mark.parametrize(
+    ("prompts", "settings", "written"),
+    [
+        (["a dog"] * 3, {"guidance": True}, "7"),  # the second image alone would else get references of its own seed
+        (["a dog"], {"guidance": True}, None),
+        (["a dog"] * 3, {"guidance": True, "reference_seed": 12}, "12"),
+        (["a dog"] * 3, {"guidance": True, "m": 0}, None),
+        (["a dog"] * 3, {}, None),
+    ],
+)
+def test_the_infotext_makes_each_image_of_a_job_repeatable_alone(script, prompts, settings, written):
+    job = Job(*prompts)
+    job.run_batch(script, True, {**PAIR, **settings})
+    assert job.extra_generation_params.get("DynFuse reference seed") == written
+
+
 def test_the_infotext_gets_the_hashes_of_a_tags_loras(script):
     job = Job("a dog", hr_prompts=["a dog <dynfuse:dog:nothing>"])
     job.run_batch(script, *OFF)
