@@ -12,12 +12,12 @@ A1111_BIN := $(A1111_VENV)/bin
 .PHONY: help demo test test-a1111 check format bench clean
 
 help:
-	@echo "make demo        a picture fused by a tiny random model, and its selection map, in out/demo/"
+	@echo "make demo        pictures fused and guided by a tiny random model, in out/demo/"
 	@echo "make test        the tests under Forge's packages"
 	@echo "make test-a1111  the tests under A1111's packages"
 	@echo "make check       formatting, lint and types"
 	@echo "make format      format the code"
-	@echo "make bench       what the fusion costs on this machine"
+	@echo "make bench       what fusion and guidance cost on this machine"
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lib_dynfuse demo --out out/demo
@@ -39,6 +39,7 @@ format: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m lib_dynfuse bench fusion
+	$(BIN)/python -m lib_dynfuse bench guidance
 
 clean:
 	rm -rf $(VENV) $(A1111_VENV) out .pytest_cache .ruff_cache .mypy_cache
