@@ -195,10 +195,10 @@ def test_an_error_in_the_program_itself_is_not_hidden(monkeypatch):
 def tiny(tmp_path_factory):
     """A folder with a pipeline "model" and two LoRAs."""
     pytest.importorskip("diffusers", reason=NEEDS_DIFFUSERS)
-    from lib_dynfuse.demo import tiny_pipeline, write_random_lora
+    from lib_dynfuse.bench.small_model import small_pipeline, write_random_lora
 
     folder = tmp_path_factory.mktemp("tiny")
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline()
     pipeline.save_pretrained(folder / "model")
     for name, seed in (("dog, big", 1), ("watercolor", 3)):
         write_random_lora(folder / f"{name}.safetensors", pipeline, rank=4, strength=0.7, seed=seed)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..demo import ClassToken
 from ..guidance.encoders import Encoders, ImageEncoder
 
 # The published configurations of the VAEs (their model cards' vae/config.json); TAESD's is AutoencoderTiny's own default.
@@ -55,8 +54,19 @@ def encoders(device: torch.device) -> Encoders:
     return Encoders(clip_encoder, dino_encoder, "random")
 
 
+class ClassToken(nn.Module):
+    """A ViT's class token, DINO's feature of a picture."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.vit(pixel_values=pictures).last_hidden_state[:, 0]
+
+
 def _ready(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return network.to(dtype).eval().requires_grad_(False)
 
 
-__all__ = ["SCALING", "encoders", "taesd_decoder", "vae_decoder"]
+__all__ = ["SCALING", "ClassToken", "encoders", "taesd_decoder", "vae_decoder"]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from ..demo import letter_tokenizer, write_random_lora
+from ..guidance.encoders import Encoders, ImageEncoder
+from ..guidance.weights import imported
 from ..lora import LoraFile, read_lora
+from .networks import ClassToken
 
 _TEXT_WIDTH = 24
+_START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def small_pipeline(prediction_type: str = "v_prediction", seed: int = 0) -> Any:
@@ -88,4 +96,74 @@ def small_loras(folder: Path, pipeline: Any) -> tuple[LoraFile, LoraFile]:
     return read_lora(files[0]), read_lora(files[1])
 
 
-__all__ = ["small_loras", "small_pipeline"]
+def small_encoders(seed: int = 0) -> Encoders:
+    """CLIP's and DINO's architectures in miniature, at 32 px, with random weights: they compare pictures, but by no human measure.
+
+    Same seed, same weights. Needs no network.
+    """
+    from transformers import ViTConfig, ViTModel
+
+    _build_vision_tower = imported("open_clip_torch", "open_clip.model")._build_vision_tower
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = _build_vision_tower(32, {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}, False)
+        # As they are initialised, networks so shallow are nearly blind to what they are shown.
+        with torch.no_grad():
+            for name, weight in clip.named_parameters():
+                if any(part in name for part in ("in_proj_weight", "c_fc.weight", "c_proj.weight", "conv1")):
+                    weight.mul_(3)
+        config = ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=32,
+            patch_size=8,
+            initializer_range=0.2,
+        )
+        dino = ClassToken(ViTModel(config, add_pooling_layer=False))
+    ready = [ImageEncoder(network.eval().requires_grad_(False), 32, (0.5,) * 3, (0.5,) * 3) for network in (clip, dino)]
+    return Encoders(ready[0], ready[1], f"small and random, seed {seed}")
+
+
+def write_random_lora(path: Path, pipeline: Any, *, rank: int, strength: float, seed: int, text: bool = True) -> None:
+    """A kohya-style LoRA file on all linear layers and residual convolutions of the U-Net and, if wanted, of the text encoder.
+
+    strength: standard deviation of each branch's output on inputs of unit variance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    networks = [("lora_unet", pipeline.unet)] + ([("lora_te", pipeline.text_encoder)] if text else [])
+    for prefix, network in networks:
+        for name, module in network.named_modules():
+            if not _carries_lora(name, module):
+                continue
+            weight = module.weight
+            key = f"{prefix}_{name.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = torch.randn(rank, *weight.shape[1:], generator=generator) / math.sqrt(weight[0].numel())
+            ones = (1,) * (weight.dim() - 2)
+            tensors[f"{key}.lora_up.weight"] = strength * torch.randn(weight.shape[0], rank, *ones, generator=generator) / math.sqrt(rank)
+            tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+    save_file(tensors, str(path))
+
+
+def letter_tokenizer() -> Any:
+    """CLIP's tokenizer with a vocabulary of single letters: nothing to download."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), _START, _END]
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}), "utf-8")
+        merges.write_text("#version: 0.2\n", "utf-8")
+        return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+
+
+def _carries_lora(name: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return True
+    return isinstance(module, nn.Conv2d) and name.rsplit(".", 1)[-1] in ("conv1", "conv2", "proj_in", "proj_out")
+
+
+__all__ = ["letter_tokenizer", "small_encoders", "small_loras", "small_pipeline", "write_random_lora"]

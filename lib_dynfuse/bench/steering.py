@@ -25,7 +25,8 @@ from ..guidance.references import ReferenceCache
 from ..guidance.score import LABELS, TERMS, Targets, score, similarities
 from ..lora import LoraFile
 from ..settings import FuseSettings
-from .small_model import small_loras, small_pipeline
+from ..threads import one_thread
+from .small_model import small_encoders, small_loras, small_pipeline
 
 STRENGTHS = (0.0, 0.1, 0.3, 1.0, 5.0, 10.0, 20.0, 50.0)
 GRADIENTS = ("fast", "exact")
@@ -56,14 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
         print("--seeds and --steps must be at least 2, --size a multiple of 8 and at least 16.", file=sys.stderr)
         return 2
     progress = (lambda text: None) if arguments.json else (lambda text: print(text, file=sys.stderr, flush=True))
-    from ..demo import one_thread, tiny_encoders
-
     with tempfile.TemporaryDirectory() as folder, one_thread():
         pipeline = small_pipeline()
         make = Maker(
             pipeline,
             small_loras(Path(folder), pipeline),
-            tiny_encoders(),
+            small_encoders(),
             Path(folder),
             range(arguments.seeds),
             arguments.steps,

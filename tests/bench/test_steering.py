@@ -9,8 +9,7 @@ import pytest
 pytest.importorskip("diffusers", reason="the small model is a diffusers pipeline")
 
 from lib_dynfuse.bench import main, steering
-from lib_dynfuse.bench.small_model import small_loras, small_pipeline
-from lib_dynfuse.demo import tiny_encoders
+from lib_dynfuse.bench.small_model import small_encoders, small_loras, small_pipeline
 
 SEEDS = range(6)
 
@@ -19,7 +18,7 @@ SEEDS = range(6)
 def jobs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steering")
     pipeline = small_pipeline()
-    make = steering.Maker(pipeline, small_loras(folder, pipeline), tiny_encoders(), folder, SEEDS, 10, 32)
+    make = steering.Maker(pipeline, small_loras(folder, pipeline), small_encoders(), folder, SEEDS, 10, 32)
     result = steering.measure(make, (0.0, 0.1, 10.0), ("fast", "exact"))
     return {(job["gradient"], job["m"]): job for job in result["jobs"]}
 

@@ -26,8 +26,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from lib_dynfuse.bench.small_model import small_pipeline
-from lib_dynfuse.demo import letter_tokenizer
+from lib_dynfuse.bench.small_model import letter_tokenizer, small_pipeline
 
 
 def clip_config(words, width, projection):
