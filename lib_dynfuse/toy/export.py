@@ -7,8 +7,10 @@ WebUI is pointed. Needs neither diffusers nor a network, so a WebUI's own Python
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import random
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save
 from .captions import caption, name_of
 from .ldm import checkpoint, configuration
 from .model import WEIGHTS, load_text_encoder, new_text_encoder, write_tokenizer
-from .painter import HELD_OUT_STYLES, SUBJECTS
+from .painter import HELD_OUT_STYLES, SUBJECTS, Scene, paint
 
 NAME = "dynfuse-toy"
 LORAS = (*SUBJECTS, *HELD_OUT_STYLES)
@@ -149,6 +151,7 @@ def _contents(result: Export, weights: Path) -> dict[Path, bytes]:
     for name, path in loras.items():
         contents[result.loras / NAME / path.name] = path.read_bytes()
         contents[result.loras / NAME / f"{name}.json"] = _json(_card(name))
+        contents[result.loras / NAME / f"{name}.png"] = _preview(name)
     for name, content in _text_files().items():
         contents[result.text_encoder / name] = content
     for kind, paths in encoders.items():
@@ -163,6 +166,14 @@ def _card(name: str) -> dict[str, str]:
         "sd version": "SD1",
         "activation text": caption(name_of(name)) if name in SUBJECTS else caption("house", name),
     }
+
+
+def _preview(name: str) -> bytes:
+    """The picture that a WebUI and the panel show for a LoRA: painted, not generated."""
+    scene = Scene(name, "flat") if name in SUBJECTS else Scene("house", name)
+    file = io.BytesIO()
+    paint(scene, random.Random(name)).save(file, "PNG")
+    return file.getvalue()
 
 
 def _text_files() -> dict[str, bytes]:

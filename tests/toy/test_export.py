@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -121,7 +122,10 @@ def test_loras_and_encoders_are_copied(exported, weights):
         assert [path.read_bytes() for path in sorted(folder.iterdir())] == [path.read_bytes() for path in originals]
 
 
-def test_a_lora_brings_the_prompt_of_its_reference(exported):
+def test_a_lora_brings_its_picture_and_the_prompt_of_its_reference(exported):
+    for name in LORAS:
+        with Image.open(exported.loras / "dynfuse-toy" / f"{name}.png") as picture:
+            assert picture.size == (64, 64)
     texts = [json.loads((exported.loras / "dynfuse-toy" / f"{name}.json").read_text())["activation text"] for name in ("zib", "chalk")]
     assert texts == ["a zib creature", "a house in chalk style"]
 
