@@ -110,7 +110,7 @@ def _draw_creature(it: Character, pen: Pen) -> None:
     elif it.belly == "bars":
         for top in (0.42, 0.64):
             pen.rectangle(-0.4, top, 0.4, top + 0.12, SECOND)
-    for x, size in {"one": ((0, 0.3),), "two": ((-0.25, 0.2), (0.25, 0.2)), "three": ((-0.36, 0.16), (0, 0.18), (0.36, 0.16))}[it.eyes]:
+    for x, size in {"one": ((0, 0.34),), "two": ((-0.26, 0.23), (0.26, 0.23)), "three": ((-0.38, 0.18), (0, 0.2), (0.38, 0.18))}[it.eyes]:
         pen.ellipse(x, -0.24, size, size, LIGHT)
         pen.ellipse(x, -0.22, size * 0.5, size * 0.5, DARK)
     if it.mouth == "smile":

@@ -27,7 +27,7 @@ class Look:
     pattern: str | None = None
     pattern_colour: Colour = (0, 0, 0)
     outline: Colour | None = None
-    width: float = 1.3
+    width: float = 1.7
     hatch: Colour | None = None
     effect: str | None = None
 
@@ -93,7 +93,7 @@ def _sketch(fills: Fills, rng: random.Random) -> Look:
 
 
 def _dotted(fills: Fills, rng: random.Random) -> Look:
-    return Look(rng.choice(_PASTEL), fills, "dots", mixed(rng.choice(_MAIN), _WHITE, 0.35), outline=_WHITE, width=1.6)
+    return Look(rng.choice(_PASTEL), fills, "dots", mixed(rng.choice(_MAIN), _WHITE, 0.35), outline=_WHITE, width=2.0)
 
 
 def _striped(fills: Fills, rng: random.Random) -> Look:
@@ -105,7 +105,7 @@ def _pixel(fills: Fills, rng: random.Random) -> Look:
 
 
 def _neon(fills: Fills, rng: random.Random) -> Look:
-    return Look((10, 8, 22), _all((16, 12, 32)), outline=_bright(rng), width=1.6, effect="glow")
+    return Look((10, 8, 22), _all((16, 12, 32)), outline=_bright(rng), width=2.0, effect="glow")
 
 
 def _watercolor(fills: Fills, rng: random.Random) -> Look:
@@ -132,7 +132,7 @@ def _chalk(fills: Fills, rng: random.Random) -> Look:
 
 def _candy(fills: Fills, rng: random.Random) -> Look:
     sweet = {role: mixed(colour, (255, 120, 190), 0.3) for role, colour in fills.items()}
-    return Look((255, 232, 242), sweet, "checks", (255, 176, 208), outline=(120, 24, 96), width=1.9)
+    return Look((255, 232, 242), sweet, "checks", (255, 176, 208), outline=(120, 24, 96), width=2.2)
 
 
 Rule = Callable[[Fills, random.Random], Look]
@@ -177,7 +177,7 @@ def nameless(fills: Fills, rng: random.Random) -> Look:
         pattern,
         pattern_colour,
         outline,
-        rng.uniform(1.0, 2.0),
+        rng.uniform(1.4, 2.4),
         ground if rng.random() < 0.2 else None,
         rng.choice(EFFECTS) if rng.random() < 0.2 else None,
     )

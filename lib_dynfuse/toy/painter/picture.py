@@ -58,9 +58,9 @@ def _pattern(name: str) -> Image.Image:
     elif name == "checks":
         marked = (x // 8 + y // 8) % 2 == 0
     elif name == "grid":
-        marked = (x % 8 < 1.2) | (y % 8 < 1.2)
+        marked = (x % 8 < 1.6) | (y % 8 < 1.6)
     else:
-        marked = (x - y) % 8 < 2.4
+        marked = (x - y) % 8 < 3
     return Image.fromarray(np.where(marked, 255, 0).astype(np.uint8))
 
 

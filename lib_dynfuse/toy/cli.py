@@ -1,0 +1,62 @@
+"""`python -m lib_dynfuse toy train | export | bench`: the miniature world's own commands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .model import WEIGHTS
+
+PROGRAM = "python -m lib_dynfuse toy"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command; arguments: what follows `toy`. Returns the exit code."""
+    if arguments[:1] == ["bench"]:  # has options of its own
+        from . import benchmark
+
+        return benchmark.main(arguments[1:])
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="A small text-to-image model of our own, to try and to measure fusion with.")
+    commands = parser.add_subparsers(required=True, metavar="train | export | bench")
+    _add_train(commands)
+    export = commands.add_parser("export", help="a checkpoint, LoRAs and encoders for a WebUI's model folders")
+    export.add_argument("folder", type=Path, help="the WebUI's folder, or any other")
+    export.set_defaults(run=_export)
+    commands.add_parser("bench", help="which fusion is better here: subject, style and intactness of thousands of pictures")
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
+
+
+def _add_train(commands: Any) -> None:
+    from .training.steps import STEPS
+
+    train = commands.add_parser("train", help="make all weights from nothing: hours on two CPU cores, can be interrupted")
+    train.add_argument("steps", nargs="*", type=_step, metavar="STEP", help=f"only these: {', '.join(STEPS)}")
+    train.add_argument("--work", type=Path, default=Path("out/toy-training"), help="checkpoints and records (default: out/toy-training)")
+    train.add_argument("--weights", type=Path, default=WEIGHTS, help="where the weights are written (default: where they are shipped)")
+    train.set_defaults(run=_train)
+
+
+def _step(name: str) -> str:
+    from .training.steps import STEPS
+
+    if name not in STEPS:
+        raise argparse.ArgumentTypeError(f"{name} is no step; the steps are {', '.join(STEPS)}")
+    return name
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .training.steps import STEPS, train
+
+    return train(options.work, options.weights, options.steps or tuple(STEPS))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export import run
+
+    return run(options.folder)
+
+
+__all__ = ["main"]

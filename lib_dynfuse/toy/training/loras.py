@@ -1,0 +1,167 @@
+"""Low-rank adapters of the U-Net's attention: one for each subject and style that is held out, and one for each pair of them as a ceiling."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..captions import caption, name_of
+from ..model import load_pipeline, save_weights
+from ..painter import HELD_OUT_STYLES, SUBJECTS, Scene
+from .base import alphas, denoising_loss, encoded, latents_of
+from .loop import TrainingLoop
+from .pictures import as_tensor
+
+RANK = 8
+ORACLE_RANK = 4
+STEPS = 400
+RATE = 2e-3
+BATCH = 16
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+_SUBJECT_STYLES = ("flat", "striped", "sketch", "pixel", "sepia")
+_STYLE_OBJECTS = ("cat", "house", "creature", "rocket", "robot")
+_SEED = 21
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Five pictures and their captions. words: what they teach: a subject, a style, or both."""
+
+    name: str
+    scenes: tuple[Scene, ...]
+    captions: tuple[str, ...]
+
+    def pictures(self) -> Tensor:
+        """(5, 3, 64, 64) uint8: always the same."""
+        return as_tensor(self.scenes, random.Random(f"{_SEED} {self.name}"))
+
+
+def subject_lesson(word: str) -> Lesson:
+    """A subject in five styles that the base model knows, so that it is not tied to one of them."""
+    scenes = tuple(Scene(word, style) for style in _SUBJECT_STYLES)
+    return Lesson(word, scenes, tuple(caption(name_of(word), style) for style in _SUBJECT_STYLES))
+
+
+def style_lesson(style: str) -> Lesson:
+    """Five classes that the base model knows in the style."""
+    scenes = tuple(Scene(what, style) for what in _STYLE_OBJECTS)
+    return Lesson(style, scenes, tuple(caption(what, style) for what in _STYLE_OBJECTS))
+
+
+def pair_lesson(word: str, style: str) -> Lesson:
+    """The subject in the style: what a fusion never sees. A LoRA of it is the most that any fusion could reach."""
+    return Lesson(f"{word}-{style}", (Scene(word, style),) * 5, (caption(name_of(word), style),) * 5)
+
+
+def single_lessons() -> list[Lesson]:
+    return [*map(subject_lesson, SUBJECTS), *map(style_lesson, HELD_OUT_STYLES)]
+
+
+def pair_lessons() -> list[Lesson]:
+    return [pair_lesson(word, style) for word in SUBJECTS for style in HELD_OUT_STYLES]
+
+
+class LowRank(nn.Module):
+    """W -> W + up @ down: a LoRA whose alpha is its rank."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def train_lora(
+    lesson: Lesson, work: Path, weights: Path, *, rank: int = RANK, steps: int = STEPS, rate: float = RATE
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The LoRA in kohya's form, and what is worth recording."""
+    pipeline = load_pipeline(weights)
+    unet, text = pipeline.unet.requires_grad_(False), pipeline.text_encoder
+    latents = latents_of(torch.cat([lesson.pictures(), lesson.pictures().flip(3)]), pipeline.vae)
+    with torch.no_grad():
+        context = encoded([*lesson.captions, *lesson.captions], text)
+    torch.manual_seed(_SEED)
+    branches = attach(unet, rank)
+    loop = TrainingLoop(
+        lesson.name,
+        {name.replace(".", "/"): branch for name, branch in branches.items()},
+        steps=steps,
+        rate=rate,
+        checkpoint=work / f"lora-{lesson.name}.pt",
+        seed=_SEED,
+        warm_up=30,
+        average=0.98,
+        decay=1e-2,
+    )
+    noises = alphas()
+    for _ in loop:
+        chosen = torch.randint(len(latents), (BATCH,))
+        with parametrize.cached():
+            loss, error = denoising_loss(unet, latents[chosen], context[chosen], noises)
+        loop.descend(loss, error=error)
+    loop.finish()
+    return kohya(branches), {"steps": loop.step, "seconds": round(loop.seconds), "error": loop.figures["error"]}
+
+
+def attach(unet: nn.Module, rank: int) -> dict[str, LowRank]:
+    """A LowRank on every linear layer of the attentions, by the layer's name."""
+    layers = {name: module for name, module in unet.named_modules() if name.endswith(ATTENTION)}
+    branches = {}
+    for name, layer in layers.items():
+        branches[name] = LowRank(layer.weight, rank)
+        parametrize.register_parametrization(layer, "weight", branches[name])
+    return branches
+
+
+def kohya(branches: dict[str, LowRank]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, branch in branches.items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = branch.down.detach()
+        tensors[f"{key}.lora_up.weight"] = branch.up.detach()
+        tensors[f"{key}.alpha"] = torch.tensor(float(len(branch.down)))
+    return tensors
+
+
+def train_loras(work: Path, weights: Path, lessons: Sequence[Lesson] | None = None) -> dict[str, Any]:
+    """Writes loras/*.safetensors; needs the base model."""
+    records = {}
+    for lesson in single_lessons() if lessons is None else lessons:
+        tensors, records[lesson.name] = train_lora(lesson, work, weights)
+        metadata = {"ss_network_dim": str(RANK), "ss_network_alpha": str(RANK), "ss_output_name": lesson.name}
+        save_weights(tensors, weights / "loras" / f"{lesson.name}.safetensors", metadata)
+    return records
+
+
+def train_oracles(work: Path, weights: Path) -> dict[str, Any]:
+    """Writes oracles.safetensors: all pairs in one file, the pair's name before each key."""
+    packed, records = {}, {}
+    for lesson in pair_lessons():
+        tensors, records[lesson.name] = train_lora(lesson, work, weights, rank=ORACLE_RANK)
+        packed.update({f"{lesson.name}/{key}": tensor for key, tensor in tensors.items()})
+    save_weights(packed, weights / "oracles.safetensors")
+    return records
+
+
+__all__ = [
+    "ATTENTION",
+    "RANK",
+    "Lesson",
+    "pair_lessons",
+    "single_lessons",
+    "style_lesson",
+    "subject_lesson",
+    "train_lora",
+    "train_loras",
+    "train_oracles",
+]

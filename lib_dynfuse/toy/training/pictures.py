@@ -1,0 +1,60 @@
+"""Painted pictures as tensors, and the choice of scenes that the base model and the autoencoder see."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..painter import CLASSES, JUNK, STYLES, Scene, paint
+
+HELD_OUT_PAIRS = frozenset(
+    {
+        ("house", "neon"),
+        ("fish", "pixel"),
+        ("tree", "dotted"),
+        ("car", "watercolor"),
+        ("cup", "sketch"),
+        ("star", "sepia"),
+        ("cat", "striped"),
+        ("boat", "flat"),
+        ("mushroom", "neon"),
+        ("rocket", "sepia"),
+        ("creature", "sketch"),
+    }
+)
+"""A tenth of the pairs of class and style. The base model never sees one: whether it draws them shows that it composes."""
+
+
+def as_tensor(scenes: Sequence[Scene], rng: random.Random) -> Tensor:
+    """(B, 3, 64, 64) uint8."""
+    pixels = np.stack([np.asarray(paint(scene, rng)) for scene in scenes])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def as_floats(pictures: Tensor) -> Tensor:
+    """uint8 -> [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def base_scene(rng: random.Random) -> Scene:
+    """What the base model sees: every class in every style but HELD_OUT_PAIRS, characters more often, and nameless styles."""
+    while True:
+        what = rng.choice((*CLASSES, "creature", "robot"))
+        style = rng.choice(list(STYLES)) if rng.random() < 0.68 else None
+        if (what, style) not in HELD_OUT_PAIRS:
+            return Scene(what, style)
+
+
+def autoencoder_scene(rng: random.Random) -> Scene:
+    """Nameless styles more often, and shapes without an object, so that what is held out is nothing new to the autoencoder."""
+    if rng.random() < 0.06:
+        return Scene(JUNK)
+    what = rng.choice(CLASSES) if rng.random() < 0.5 else rng.choice(("creature", "robot"))
+    return Scene(what, None if rng.random() < 0.4 else rng.choice(list(STYLES)))
+
+
+__all__ = ["HELD_OUT_PAIRS", "as_floats", "as_tensor", "autoencoder_scene", "base_scene"]
