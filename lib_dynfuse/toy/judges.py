@@ -1,0 +1,121 @@
+"""Judges of pictures of the miniature world: which object, which style, and whether the picture is intact.
+
+For measuring only. No method sees them; they are trained with other seeds than everything else (training/judges.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .model import WEIGHTS, load_network
+from .painter import CLASSES, HELD_OUT_STYLES, PIXELS, STYLES, SUBJECTS
+
+NONE = "none"
+"""No object and no subject."""
+OTHER = "other"
+"""A style without a name, or a mixture."""
+SUBJECT_NAMES = (*CLASSES, *SUBJECTS, NONE)
+STYLE_NAMES = (*STYLES, *HELD_OUT_STYLES, OTHER)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Of B pictures. subject_probabilities (B, len(SUBJECT_NAMES)), style_probabilities (B, len(STYLE_NAMES)), intact (B,): 0 to 1."""
+
+    subject_probabilities: Tensor
+    style_probabilities: Tensor
+    intact: Tensor
+
+    def subject(self, name: str) -> Tensor:
+        """(B,): how probably each picture shows that class or subject."""
+        return self.subject_probabilities[:, SUBJECT_NAMES.index(name)]
+
+    def style(self, name: str) -> Tensor:
+        """(B,): how probably each picture is in that style."""
+        return self.style_probabilities[:, STYLE_NAMES.index(name)]
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class _WhereItLies(nn.Module):
+    """For questions about shapes: the last map keeps its places."""
+
+    def __init__(self, widths: tuple[int, int, int], answers: int) -> None:
+        super().__init__()
+        narrow, middle, wide = widths
+        self.layers = nn.Sequential(
+            _convolution(3, narrow, 2),
+            _convolution(narrow, middle, 2),
+            _convolution(middle, middle),
+            _convolution(middle, wide, 2),
+            _convolution(wide, wide, 2),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(16 * wide, answers),
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.layers(pictures)
+
+
+class _Anywhere(nn.Module):
+    """For questions about the whole surface: means and peaks of the last map, whatever lies where."""
+
+    def __init__(self, widths: tuple[int, int, int], answers: int) -> None:
+        super().__init__()
+        narrow, middle, wide = widths
+        self.layers = nn.Sequential(_convolution(3, narrow, 2), _convolution(narrow, middle, 2), _convolution(middle, wide, 2))
+        self.answer = nn.Linear(2 * wide, answers)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        found = self.layers(pictures)
+        return self.answer(torch.cat([found.mean((2, 3)), found.amax((2, 3))], 1))
+
+
+class Judges(nn.Module):
+    """Three networks that share nothing, so that no answer leans on another."""
+
+    subject_names = SUBJECT_NAMES
+    style_names = STYLE_NAMES
+    temperatures: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_subject = _WhereItLies((24, 40, 64), len(SUBJECT_NAMES))
+        self.of_style = _Anywhere((16, 32, 56), len(STYLE_NAMES))
+        self.of_intactness = _WhereItLies((16, 32, 48), 1)
+        # By which the answers are divided, so that what is said with 0.8 is true in 8 of 10 pictures.
+        self.register_buffer("temperatures", torch.ones(3))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, 64, 64) in [-1, 1] -> logits (B, subjects), (B, styles), (B,)."""
+        subject, style, intact = self.temperatures
+        return (
+            self.of_subject(pictures) / subject,
+            self.of_style(pictures) / style,
+            self.of_intactness(pictures)[:, 0] / intact,
+        )
+
+    @torch.no_grad()
+    def scores(self, pictures: Tensor) -> Scores:
+        """pictures: (B, 3, 64, 64) in [-1, 1], any float dtype. Raises ValueError for pictures of another shape."""
+        if pictures.ndim != 4 or pictures.shape[1:] != (3, PIXELS, PIXELS):
+            raise ValueError(f"The judges take pictures of shape (B, 3, {PIXELS}, {PIXELS}), not {tuple(pictures.shape)}.")
+        subject, style, intact = self(pictures.float().clamp(-1, 1))
+        return Scores(subject.softmax(1), style.softmax(1), intact.sigmoid())
+
+
+def load_judges(path: Path = WEIGHTS / "judges.safetensors") -> Judges:
+    """The judges, ready to use. Raises OSError where the file is missing."""
+    judges = Judges()
+    load_network(judges, path)
+    return judges
+
+
+__all__ = ["NONE", "OTHER", "STYLE_NAMES", "SUBJECT_NAMES", "Judges", "Scores", "load_judges"]

@@ -1,0 +1,166 @@
+"""Training of the judges, and the figures that say how far they can be trusted."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..judges import STYLE_NAMES, SUBJECT_NAMES, Judges, Scores, load_judges
+from ..model import WEIGHTS, load_vae, save_network
+from ..painter import CLASSES, HELD_OUT_STYLES, JUNK, STYLES, SUBJECTS, Scene
+from .flawed import KINDS, Example, any_kind, batch, example, softened
+from .loop import TrainingLoop
+from .pictures import as_floats, as_tensor
+
+STEPS = 5000
+BATCH = 64
+RATE = 3e-3
+_SEED = 7_001
+_POOL = 4096  # pictures at hand
+_FRESH = 24  # of them painted anew at each step
+_DECODED = 2000  # pictures that went through the autoencoder
+_SHARE_DECODED = 0.25
+
+
+def train_judges(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any]:
+    """Writes judges.safetensors; with vae.safetensors there, a part of the pictures goes through it. Returns what is worth recording."""
+    rng = random.Random(_SEED)
+    pool = [example(any_kind(rng), rng) for _ in range(_POOL)]
+    vae = weights / "vae.safetensors"
+    decoded = _decoded_examples(work / "judges-decoded.pt", vae) if vae.is_file() else None
+
+    torch.manual_seed(_SEED)
+    judges = Judges().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loop = TrainingLoop("judges", {"judges": judges}, steps=steps, rate=RATE, checkpoint=work / "judges.pt", seed=_SEED, decay=0.02)
+    generator = torch.Generator()
+    for step in loop:
+        rng = random.Random(_SEED + step)
+        generator.manual_seed(_SEED + step)
+        for _ in range(_FRESH):
+            pool[rng.randrange(_POOL)] = example(any_kind(rng), rng)
+        chosen = batch(rng.sample(pool, BATCH), SUBJECT_NAMES, STYLE_NAMES)
+        if decoded is not None:
+            seen = torch.randint(len(decoded[0]), (round(_SHARE_DECODED * BATCH),), generator=generator)
+            chosen = tuple(torch.cat([new[len(seen) :], old[seen]]) for new, old in zip(chosen, decoded, strict=True))
+        pictures, *answers = chosen
+        pictures = softened(pictures.float(), generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = judges(pictures)
+        subject, style, intact = _errors(tuple(each.float() for each in logits), answers)
+        loop.descend(subject + style + intact, subject=subject, style=style, intact=intact)
+    loop.finish()
+    judges.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    _calibrate(judges)
+    save_network(judges, weights / "judges.safetensors")
+    return {"steps": loop.step, "seconds": round(loop.seconds), "batch": BATCH, "temperatures": judges.temperatures.tolist()}
+
+
+def _errors(logits: Sequence[Tensor], answers: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropies with the shares; intactness only where it is known."""
+    subjects, styles, intact = answers
+    known = ~intact.isnan()
+    return (
+        F.cross_entropy(logits[0], subjects.float()),
+        F.cross_entropy(logits[1], styles.float()),
+        F.binary_cross_entropy_with_logits(logits[2][known], intact[known].float()),
+    )
+
+
+def _decoded_examples(file: Path, vae: Path) -> tuple[Tensor, ...]:
+    """Examples of all kinds through the autoencoder, kept in a file."""
+    if not file.is_file():
+        rng = random.Random(_SEED - 1)
+        pictures, *answers = batch([example(any_kind(rng), rng) for _ in range(_DECODED)], SUBJECT_NAMES, STYLE_NAMES)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((through(vae, pictures).half(), *answers), file)
+    return tuple(torch.load(file, weights_only=True))
+
+
+@torch.no_grad()
+def through(vae: Path, pictures: Tensor) -> Tensor:
+    """pictures, (B, 3, 64, 64) in [-1, 1], as the autoencoder reproduces them."""
+    network = load_vae(vae)
+    return torch.cat([network.decode(network.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in pictures.split(64)])
+
+
+@torch.no_grad()
+def _calibrate(judges: Judges) -> None:
+    """Choose the temperatures on pictures that nothing was trained on."""
+    rng = random.Random(_SEED - 2)
+    pictures, *answers = batch([example(any_kind(rng), rng) for _ in range(1500)], SUBJECT_NAMES, STYLE_NAMES)
+    judges.temperatures.fill_(1.0)
+    logits = [torch.cat(parts) for parts in zip(*(judges(part) for part in softened(pictures, torch.Generator()).split(250)), strict=True)]
+    candidates = torch.linspace(0.5, 2.5, 81)
+    errors = torch.tensor([[float(error) for error in _errors([each / t for each in logits], answers)] for t in candidates])
+    judges.temperatures.copy_(candidates[errors.argmin(0)])
+
+
+def evaluate(judges: Judges, pictures: int = 200, seed: int = 9_001, vae: Path | None = None) -> dict[str, Any]:
+    """How right the judges are, on painted pictures of another seed than they were trained with.
+
+    pictures: of each subject or class, of each style, and of each kind of flaw. vae: let all pictures pass through that autoencoder.
+    Result, shares of 1: "subjects" {name: named right}; "styles" {name: named right}; "near misses" {kind: taken for the subject, where
+    the difference shows}; "intact" {kind: {"intact" or "flawed", as it clearly is: called intact}}; "false subjects" {kind: taken for a
+    subject, where it is none}.
+    """
+    rng = random.Random(seed)
+
+    def seen(tensor: Tensor) -> Scores:
+        tensor = through(vae, tensor) if vae is not None else tensor
+        parts = [judges.scores(part) for part in tensor.split(200)]
+        return Scores(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in ("subject_probabilities", "style_probabilities", "intact"))
+        )
+
+    def painted(scenes: Iterable[Scene]) -> Scores:
+        return seen(as_floats(as_tensor(list(scenes), rng)))
+
+    styles = [*STYLES, *HELD_OUT_STYLES, None]
+    things = [*CLASSES, *SUBJECTS]
+    subjects = {}
+    for name in things:
+        scores = painted(Scene(name, rng.choice(styles)) for _ in range(pictures))
+        subjects[name] = _share(scores.subject_probabilities.argmax(1) == SUBJECT_NAMES.index(name))
+    scores = painted(Scene(JUNK, rng.choice(styles)) for _ in range(pictures))
+    subjects[SUBJECT_NAMES[-1]] = _share(scores.subject_probabilities.argmax(1) == len(SUBJECT_NAMES) - 1)
+    named = {}
+    for number, style in enumerate(styles):
+        scores = painted(Scene(rng.choice(things), style) for _ in range(pictures))
+        named[STYLE_NAMES[number]] = _share(scores.style_probabilities.argmax(1) == number)
+
+    near_misses, intact, kinds = {}, {}, {}
+    is_subject = torch.tensor([name in SUBJECTS for name in SUBJECT_NAMES])
+    for kind in KINDS:
+        examples = [example(kind, rng) for _ in range(pictures)]
+        tensor, shares, _, whole = batch(examples, SUBJECT_NAMES, STYLE_NAMES)
+        scores = seen(tensor)
+        if kind in ("one part", "two parts", "three parts"):
+            shows = shares[:, is_subject].sum(1) == 0
+            near_misses[kind] = _share(scores.subject_probabilities[shows][:, is_subject].amax(1) > 0.5)
+        cases: dict[str, Callable[[Tensor], Tensor]] = {"intact": lambda x: x > 0.9, "flawed": lambda x: x < 0.1}
+        intact[kind] = {case: _share(scores.intact[which(whole)] > 0.5) for case, which in cases.items() if which(whole).sum() >= 10}
+        wrong = shares[:, is_subject].sum(1) < 0.1
+        kinds[kind] = _share(scores.subject_probabilities[wrong][:, is_subject].amax(1) > 0.5)
+    return {"subjects": subjects, "styles": named, "near misses": near_misses, "intact": intact, "false subjects": kinds}
+
+
+def _share(answers: Tensor) -> float:
+    return round(float(answers.float().mean()), 3) if len(answers) else float("nan")
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps(
+            {name: evaluate(load_judges(), vae=vae) for name, vae in (("painted", None), ("decoded", WEIGHTS / "vae.safetensors"))},
+            indent=1,
+        )
+    )
+
+__all__ = ["STEPS", "Example", "evaluate", "through", "train_judges"]
