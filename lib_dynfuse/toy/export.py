@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from .captions import caption, name_of
 from .ldm import checkpoint, configuration
 from .model import WEIGHTS, load_text_encoder, new_text_encoder, write_tokenizer
 from .painter import HELD_OUT_STYLES, SUBJECTS, Scene, paint
+from .shipped import verify
 
 NAME = "dynfuse-toy"
 LORAS = (*SUBJECTS, *HELD_OUT_STYLES)
@@ -77,7 +78,7 @@ class Export:
 
 
 def run(folder: Path) -> int:
-    """Export the shipped weights, and say what to do next. Returns the exit code. Raises OSError."""
+    """Export the shipped weights, and say what to do next. Returns the exit code. Raises as export does."""
     written = export(folder)
     print(instructions(written))
     return 0
@@ -86,18 +87,19 @@ def run(folder: Path) -> int:
 def export(folder: Path, weights: Path = WEIGHTS) -> Export:
     """Write the checkpoint, the LoRAs and the guidance's encoders. Files that are there already must be the same.
 
-    Raises OSError, with the file's name and a reason for people, before anything is written: where weights are missing, and where a
-    file of another content has the place or the name of one of these.
+    Before anything is written, raises WeightsError where weights are missing or damaged, and FileExistsError, with a reason for people,
+    where a file of another content has the place or the name of one of these. Raises OSError.
     """
+    verify(weights)
     result = Export(folder.resolve(), ())
     contents = _contents(result, weights)
     for path, content in contents.items():
         if path.exists() and path.read_bytes() != content:
-            raise _error(errno.EEXIST, "it is there already, with other content: remove it, or export to another folder", path)
+            raise _in_the_way(path, "it is there already, with other content: remove it, or export to another folder")
     for name in LORAS:  # a WebUI tells LoRAs apart by their file names, whatever the folder
         for path in sorted(result.loras.rglob(f"{name}.*")):
             if path not in contents and path.suffix in (".safetensors", ".ckpt", ".pt"):
-                raise _error(errno.EEXIST, "the exported LoRA has the same name: rename this one, or export to another folder", path)
+                raise _in_the_way(path, "the exported LoRA has the same name: rename this one, or export to another folder")
     for path, content in contents.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.part")
@@ -137,15 +139,14 @@ def _contents(result: Export, weights: Path) -> dict[Path, bytes]:
     unet, vae, text_encoder = (weights / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder"))
     loras = {name: weights / "loras" / f"{name}.safetensors" for name in LORAS}
     encoders = {kind: [weights / kind / name for name in names] for kind, names in _ENCODERS.items()}
-    for path in (unet, vae, text_encoder, *loras.values(), *encoders["clip"], *encoders["dino"]):
-        if not path.is_file():
-            raise _error(errno.ENOENT, "it is missing; python -m lib_dynfuse toy train makes it", path)
     # Halves again, as in the file; the positions are no weights, and only some releases of transformers count them among these.
     text = {name: tensor.half() for name, tensor in load_text_encoder(text_encoder).state_dict().items() if tensor.is_floating_point()}
     with safe_open(vae, "pt") as file:  # type: ignore[attr-defined]
         scaling_factor = float(file.metadata()["scaling_factor"])
     contents = {
-        result.checkpoints / f"{NAME}.safetensors": save(checkpoint(load_file(unet), load_file(vae), text), {"format": "pt"}),
+        result.checkpoints / f"{NAME}.safetensors": save(
+            checkpoint(load(unet.read_bytes()), load(vae.read_bytes()), text), {"format": "pt"}
+        ),
         result.checkpoints / f"{NAME}.yaml": configuration(scaling_factor, result.text_encoder.as_posix()).encode(),
     }
     for name, path in loras.items():
@@ -197,8 +198,8 @@ def _json(content: object) -> bytes:
     return json.dumps(content, indent=2).encode()
 
 
-def _error(number: int, reason: str, path: Path) -> OSError:
-    return OSError(number, reason, str(path))
+def _in_the_way(path: Path, reason: str) -> OSError:
+    return FileExistsError(errno.EEXIST, reason, str(path))
 
 
 __all__ = ["LORAS", "NAME", "Export", "export", "instructions", "run"]
