@@ -1,8 +1,8 @@
 """One layer of the denoiser with both branches: the fused forward.
 
 A layer computes y = y0 + [B_c B_s] (mask * ([A_c; A_s] h)): its own output plus both branches' low-rank products under a 0/1 mask on
-the stacked rank axis. The method is who writes the mask: `dynfuse` measures, `direct` lets both through. Nothing here waits
-for the device: decisions are tensors.
+the stacked rank axis. The method is who writes the mask: `dynfuse` measures (or asks a Choice, where a session has one), `direct` lets
+both through. Nothing here waits for the device: decisions are tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..lora.branch import Dense, LowRank
 from ..lora.naming import Site
 from ..settings import FuseSettings
 from .divergence import token_divergences
-from .policy import subject_wins
+from .policy import Choice, subject_wins
 from .rows import Rows
 
 SUBJECT, STYLE = 0, 1
@@ -80,9 +80,10 @@ class RowIndex:
 
 @dataclass
 class StepState:
-    """What the layers share during a call; owned by the session."""
+    """What the layers share during a call; owned by the session. choice: chooses in place of the measurement."""
 
     settings: FuseSettings
+    choice: Choice | None = None
     rows: Rows | None = None
     gamma: Tensor | None = None
     active: bool = False
@@ -366,9 +367,14 @@ class FusedLayer(PatchedLayer):
         return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
 
     def _decide(self, site: FusedSite, y: Tensor, deltas: Callable[[slice | Tensor], Deltas | Tensor], axis: int) -> Tensor:
-        """Measure and choose. y: the base output, (N, T, C) or (N, C, T). Returns (N,) bool, or (N, T) when tokens choose."""
+        """Measure and choose, or ask for the choice.
+
+        y: the base output, (N, T, C) or (N, C, T). Returns (N,) bool, or (N, T) when tokens choose.
+        """
         settings, state = self.state.settings, self.state
         index, fold = state.row_index(y.shape[0], y.device)
+        if state.choice is not None:
+            return _per_row(state.choice(site.site).to(y.device), index, fold)
         everything = slice(0, y.shape[0])
 
         def measure(pick: slice | Tensor) -> Tensor:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from ..lora.naming import Site
+
+Choice = Callable[[Site], Tensor]
+"""A choice that is not measured: site -> (images,) bool, True where the subject's branch is used. Asked at every step."""
 
 
 def subject_wins(divergences: Tensor, threshold: Tensor | float) -> Tensor:

@@ -26,7 +26,7 @@ from ..lora.matching import SiteBranch
 from ..lora.naming import Site
 from ..settings import FuseSettings
 from .layer import FusedLayer, FusedSite, PatchedLayer, ShiftedNorm, StepState
-from .policy import gamma
+from .policy import Choice, gamma
 from .rows import Rows
 from .trace import Trace, TraceRecorder
 
@@ -71,15 +71,18 @@ class FusionSession:
         settings: FuseSettings,
         *,
         weight_of: Callable[[nn.Module], Tensor] | None = None,
+        choice: Choice | None = None,
     ):
-        """weight_of: gives a layer's dequantised weight; called only for kinds that depend on it. Raises FusionError."""
+        """weight_of: gives a layer's dequantised weight; called only for kinds that depend on it. choice: chooses at two-sided layers in
+        place of the measurement (method dynfuse); the trace then stays empty, as nothing was measured. Raises FusionError.
+        """
         reason = compatible(subject, style)
         if reason:
             raise FusionError(reason)
         self.settings = settings
         self.report = Report()
         self._model = model
-        self._state = StepState(settings)
+        self._state = StepState(settings, choice)
         self._depth = 0
         self._steps_without_gamma = settings.balance == "gamma"
         # Layers are known by what they hold, not by their class: hosts make their own. An RMS norm's gain is called scale in BFL's Flux.

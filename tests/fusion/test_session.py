@@ -558,3 +558,30 @@ def test_rows_that_contradict_themselves_are_refused():
         Rows((0, 2), (True, True), 2)
     with pytest.raises(ValueError, match="flags"):
         Rows((0, 1), (True,), 2)
+
+
+def test_a_choice_takes_the_place_of_the_measurement_image_by_image(model, pair, deltas):
+    x = latent(rows=4)
+    chosen = {name: torch.tensor([position % 2 == 0, position % 3 == 0]) for position, name in enumerate(NAMES)}
+    session = FusionSession(model, *pair, FuseSettings(), choice=lambda site: chosen[site.layer])
+    with session.attached(Rows((0, 1, 0, 1), (False, False, True, True), 2)):
+        outputs = model(x)
+    for name in NAMES:
+        y0, d_c = products(model, name, x, deltas[0][name])
+        _, d_s = products(model, name, x, deltas[1][name])
+        wins = chosen[name].repeat(2)[:, None, None]
+        assert_close(outputs[name], y0 + torch.where(wins, d_c, d_s))
+    assert not session.trace.measured.any()
+
+
+def test_a_choice_is_asked_anew_at_every_step(model, pair, deltas):
+    x = latent(rows=1)
+    answers = iter([True] * len(NAMES) + [False] * len(NAMES))
+    session = FusionSession(model, *pair, FuseSettings(), choice=lambda site: torch.tensor([next(answers)]))
+    for side in (0, 1):
+        session.new_step()
+        with session.attached(Rows((0,), (True,), 1)):
+            outputs = model(x)
+        for name in NAMES:
+            y0, d = products(model, name, x, deltas[side][name])
+            assert_close(outputs[name], y0 + d)
