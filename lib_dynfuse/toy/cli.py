@@ -1,4 +1,4 @@
-"""`python -m lib_dynfuse toy train | export | bench`: the miniature world's own commands."""
+"""`python -m lib_dynfuse toy train | check | export | bench`: the miniature world's own commands."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ def main(arguments: Sequence[str]) -> int:
 
         return benchmark.main(arguments[1:])
     parser = argparse.ArgumentParser(prog=PROGRAM, description="A small text-to-image model of our own, to try and to measure fusion with.")
-    commands = parser.add_subparsers(required=True, metavar="train | export | bench")
+    commands = parser.add_subparsers(required=True, metavar="train | check | export | bench")
     _add_train(commands)
+    check = commands.add_parser("check", help="what the model can do before anything is fused with it: two minutes")
+    check.add_argument("--weights", type=Path, default=WEIGHTS, help="the folder of weights (default: the shipped ones)")
+    check.add_argument("--pictures", type=Path, metavar="DIR", help="write contact sheets there")
+    check.add_argument("--json", action="store_true", help="print figures for programs")
+    check.set_defaults(run=_check)
     export = commands.add_parser("export", help="a checkpoint, LoRAs and encoders for a WebUI's model folders")
     export.add_argument("folder", type=Path, help="the WebUI's folder, or any other")
     export.set_defaults(run=_export)
@@ -51,6 +56,12 @@ def _train(options: argparse.Namespace) -> int:
     from .training.steps import STEPS, train
 
     return train(options.work, options.weights, options.steps or tuple(STEPS))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from . import check
+
+    return check.run(options.weights, options.pictures, options.json)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Low-rank adapters of the U-Net's attention: one for each subject and style that is held out, and one for each pair of them as a ceiling."""
+"""Low-rank adapters of the U-Net's attention: one for each subject and style that is held out, and one for each pair as a ceiling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RATE = 2e-3
 BATCH = 16
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
-_SUBJECT_STYLES = ("flat", "striped", "sketch", "pixel", "sepia")
+SUBJECT_STYLES = ("flat", "striped", "sketch", "pixel", "sepia")
 _STYLE_OBJECTS = ("cat", "house", "creature", "rocket", "robot")
 _SEED = 21
 
@@ -46,8 +46,8 @@ class Lesson:
 
 def subject_lesson(word: str) -> Lesson:
     """A subject in five styles that the base model knows, so that it is not tied to one of them."""
-    scenes = tuple(Scene(word, style) for style in _SUBJECT_STYLES)
-    return Lesson(word, scenes, tuple(caption(name_of(word), style) for style in _SUBJECT_STYLES))
+    scenes = tuple(Scene(word, style) for style in SUBJECT_STYLES)
+    return Lesson(word, scenes, tuple(caption(name_of(word), style) for style in SUBJECT_STYLES))
 
 
 def style_lesson(style: str) -> Lesson:
@@ -156,6 +156,7 @@ def train_oracles(work: Path, weights: Path) -> dict[str, Any]:
 __all__ = [
     "ATTENTION",
     "RANK",
+    "SUBJECT_STYLES",
     "Lesson",
     "pair_lessons",
     "single_lessons",

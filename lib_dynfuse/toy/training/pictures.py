@@ -54,7 +54,7 @@ def autoencoder_scene(rng: random.Random) -> Scene:
     if rng.random() < 0.06:
         return Scene(JUNK)
     what = rng.choice(CLASSES) if rng.random() < 0.5 else rng.choice(("creature", "robot"))
-    return Scene(what, None if rng.random() < 0.4 else rng.choice(list(STYLES)))
+    return Scene(what, None if rng.random() < 0.5 else rng.choice(list(STYLES)))
 
 
 __all__ = ["HELD_OUT_PAIRS", "as_floats", "as_tensor", "autoencoder_scene", "base_scene"]
