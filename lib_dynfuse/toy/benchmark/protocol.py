@@ -1,0 +1,61 @@
+"""What the benchmark keeps fixed, whichever method is tuned or added: pairs, prompts, seeds, and how a picture is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..captions import caption, name_of
+
+STEPS = 15
+CFG_SCALE = 5.0
+SEEDS = tuple(range(24))
+"""Of the pictures of every pair, so that methods are compared on the same noise."""
+REFERENCE_SEED = 1000
+"""Of the guidance's references: of none of the pictures, and the same for all of them, so that a reference is made once."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A subject's LoRA and a style's, by the words that stand for them."""
+
+    subject: str
+    style: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.subject}-{self.style}"
+
+    @property
+    def prompt(self) -> str:
+        """What every method is asked for."""
+        return caption(name_of(self.subject), self.style)
+
+    @property
+    def subject_prompt(self) -> str:
+        """Of the subject's reference (paper, Eq. 14)."""
+        return caption(name_of(self.subject))
+
+    @property
+    def style_prompt(self) -> str:
+        """Of the style's reference (paper, Eq. 15): the style on something that no LoRA is about."""
+        return caption("house", self.style)
+
+
+TUNING = (Pair("zib", "blueprint"), Pair("mok", "sunset"), Pair("tuf", "chalk"), Pair("rak", "candy"))
+"""Settings may be chosen on these: each subject and each style once."""
+
+REPORTED = (
+    *(Pair("zib", "sunset"), Pair("zib", "chalk"), Pair("zib", "candy")),
+    *(Pair("mok", "blueprint"), Pair("mok", "chalk"), Pair("mok", "candy")),
+    *(Pair("tuf", "blueprint"), Pair("tuf", "sunset"), Pair("tuf", "candy")),
+    *(Pair("rak", "blueprint"), Pair("rak", "sunset"), Pair("rak", "chalk")),
+)
+"""What is said about methods is said of these alone."""
+
+PAIRS = (*TUNING, *REPORTED)
+
+PICTURED = (Pair("zib", "sunset"), Pair("mok", "chalk"), Pair("tuf", "candy"), Pair("rak", "blueprint"))
+"""Shown as pictures; reported pairs, each subject and each style once."""
+PICTURED_SEEDS = 8
+
+__all__ = ["CFG_SCALE", "PAIRS", "PICTURED", "PICTURED_SEEDS", "REFERENCE_SEED", "REPORTED", "SEEDS", "STEPS", "TUNING", "Pair"]

@@ -1,0 +1,81 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .diagnosis import Diagnosis
+from .statistics import Interval
+from .summary import COMPARED_WITH, MEASURES, OF_MEANS, Summary
+
+
+def scores_table(summaries: Sequence[Summary]) -> str:
+    """Means with their intervals; differences to direct whose interval leaves out zero are bold."""
+    head = ["", *MEASURES, OF_MEANS, f"harmonic mean, difference to {COMPARED_WITH}", "s / picture"]
+    lines = [
+        [
+            summary.row.name,
+            *(_interval(summary.means[measure]) for measure in (*MEASURES, OF_MEANS)),
+            _difference(summary.differences["harmonic mean"]) if summary.differences else "",
+            f"{summary.seconds:.2f}",
+        ]
+        for summary in summaries
+    ]
+    return _markdown(head, lines)
+
+
+def diagnosis_table(summaries: Sequence[Summary]) -> str:
+    """Shares of choices for the subject, and what else a trace tells; empty where no row chose."""
+    found = [(summary.row.name, summary.diagnosis, summary.by_pair_diagnosis) for summary in summaries if summary.diagnosis]
+    if not found:
+        return ""
+    first = found[0][1]
+    head = ["", "subject's share", "range over pairs", "changes per step", "loudness", "range over pairs", "both rows alike"]
+    lines = [
+        [
+            name,
+            f"{of_row.share:.2f}",
+            _range([d.share for d in by_pair.values()]),
+            f"{of_row.flips:.3f}",
+            _number(of_row.loudness),
+            _range([d.loudness for d in by_pair.values() if d.loudness is not None]),
+            _number(of_row.agreement),
+        ]
+        for name, of_row, by_pair in found
+    ]
+    shares = [[name, *_shares(of_row, first)] for name, of_row, _ in found]
+    return f"{_markdown(head, lines)}\n\n{_markdown(['subject share', *first.by_kind, *first.by_depth], shares)}"
+
+
+def _shares(of_row: Diagnosis, like: Diagnosis) -> list[str]:
+    both, order = {**of_row.by_kind, **of_row.by_depth}, (*like.by_kind, *like.by_depth)
+    return [f"{both[name]:.2f}" if name in both else "" for name in order]
+
+
+def _interval(value: Interval) -> str:
+    return f"{value.mean:.2f} ({value.low:.2f}–{value.high:.2f})"
+
+
+def _difference(value: Interval) -> str:
+    text = f"{value.mean:+.3f} ({value.low:+.3f} to {value.high:+.3f})"
+    return f"**{text}**" if value.excludes_zero else text
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f}–{max(values):.2f}" if values else ""
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in (head, *lines)) for column in range(len(head))]
+
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) + " |"
+
+    return "\n".join([row(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(row, lines)])
+
+
+__all__ = ["diagnosis_table", "scores_table"]

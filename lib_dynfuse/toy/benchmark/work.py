@@ -1,0 +1,96 @@
+"""What is to be done, and what has been done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .diagnosis import Diagnosis
+from .methods import Row
+from .protocol import CFG_SCALE, PICTURED, PICTURED_SEEDS, SEEDS, STEPS, TUNING, Pair
+
+
+class Scores(Protocol):
+    """What a judge says of B pictures: (B,) probabilities each."""
+
+    @property
+    def intact(self) -> Tensor: ...
+
+    def subject(self, name: str) -> Tensor: ...
+
+    def style(self, name: str) -> Tensor: ...
+
+
+class Judge(Protocol):
+    """See toy.judges.Judges."""
+
+    def scores(self, pictures: Tensor) -> Scores:
+        """pictures: (B, 3, 64, 64) in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """weights: folder of the world's networks and LoRAs. references: folder for the guidance's references.
+
+    load_judge: makes the judge of a folder of weights; a function that other processes can import. seeds, steps, cfg_scale: the
+    protocol's, but for trials.
+    """
+
+    weights: Path
+    references: Path
+    load_judge: Callable[[Path], Judge]
+    seeds: tuple[int, ...] = SEEDS
+    steps: int = STEPS
+    cfg_scale: float = CFG_SCALE
+
+
+@dataclass(frozen=True)
+class Task:
+    """shown: how many of the pictures to hand back."""
+
+    pair: Pair
+    row: Row
+    shown: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """subject, style, intact: (seeds,) probabilities of the right answers. seconds: of one processor for one picture,
+    without making the references.
+
+    pictures: (shown, H, W, 3) uint8.
+    """
+
+    pair: Pair
+    row: str
+    subject: NDArray[np.float64]
+    style: NDArray[np.float64]
+    intact: NDArray[np.float64]
+    seconds: float
+    pictures: NDArray[np.uint8]
+    diagnosis: Diagnosis | None
+
+
+def tasks(pairs: Sequence[Pair], rows: Sequence[Row]) -> list[Task]:
+    """Every row on every pair, the sweep's on the tuning pairs alone."""
+    return [
+        Task(pair, row, PICTURED_SEEDS if pair in PICTURED else 0)
+        for pair in pairs
+        for row in _guided_apart(rows)
+        if row.group != "sweep" or pair in TUNING
+    ]
+
+
+def _guided_apart(rows: Sequence[Row]) -> list[Row]:
+    """A guided row first: when the others come to be made, the pair's references are there."""
+    guided, others = [row for row in rows if row.guided], [row for row in rows if not row.guided]
+    return [*guided[:1], *others[:4], *guided[1:], *others[4:]]
+
+
+__all__ = ["Judge", "Outcome", "Scores", "Setup", "Task", "tasks"]
