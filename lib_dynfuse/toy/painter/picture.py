@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -45,7 +45,7 @@ def _hatched(canvas: Image.Image, look: Look, place: Place, draw: Callable[[Pen]
     return canvas
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pattern(name: str) -> Image.Image:
     """A mask. Patterns lie fixed on the picture, whatever the figure does: as on paper that was printed before."""
     y, x = np.mgrid[0:_SIDE, 0:_SIDE] / OVERSAMPLING
