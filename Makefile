@@ -12,7 +12,7 @@ A1111_BIN := $(A1111_VENV)/bin
 .PHONY: help demo test test-a1111 check format bench clean
 
 help:
-	@echo "make demo        pictures fused and guided by a tiny random model, in out/demo/"
+	@echo "make demo        two LoRAs in one picture, in four ways: a page to look at, in out/demo/"
 	@echo "make test        the tests under Forge's packages"
 	@echo "make test-a1111  the tests under A1111's packages"
 	@echo "make check       formatting, lint and types"

@@ -22,6 +22,7 @@ from .guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderS
 from .home import VARIABLE, encoders_folder, references_folder
 from .lora import LoraError
 from .settings import FuseSettings, SettingsError, field_metadata, field_types, format_value, parse_value
+from .toy.shipped import WeightsError
 
 PROGRAM = "python -m lib_dynfuse"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except torch.cuda.OutOfMemoryError:
         return _refused("The GPU's memory is too small for this: try a smaller --size, a smaller --batch-size or --dtype float16.")
-    except (LoraError, SettingsError, FusionError, EncoderError) as error:
+    except (LoraError, SettingsError, FusionError, EncoderError, WeightsError) as error:
         return _refused(str(error))
     except OSError as error:
         return _refused(f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.")
@@ -81,8 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands)
 
-    demo = commands.add_parser("demo", help="a picture fused by a tiny random model made on the spot; nothing is downloaded")
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for the pictures (default: out/demo)")
+    demo = commands.add_parser(
+        "demo", help="a page with pictures of two LoRAs fused, from a miniature model that is part of the program; nothing is downloaded"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for the page and its pictures (default: out/demo)"
+    )
     demo.set_defaults(run=_demo)
 
     inspect = commands.add_parser("inspect", help="what a LoRA file holds; for two files, whether they go together")
@@ -289,7 +294,7 @@ def _mebibytes(count: int) -> str:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from . import demo
+    from .toy import demo
 
     return demo.run(options.out)
 
