@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_dynfuse generate | demo | inspect | cache | bench`.
+"""The command line: `python -m lib_dynfuse generate | demo | inspect | cache | bench | toy`.
 
 A mistake of the user or a file that cannot be used: one sentence on standard error, exit code 2.
 """
@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import bench
 
             return bench.main(arguments[1:])
+        if arguments[:1] == ["toy"]:
+            from .toy import cli
+
+            return cli.main(arguments[1:])
         options = _parser().parse_args(arguments)
         return options.run(options)
     except KeyboardInterrupt:
@@ -100,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.set_defaults(run=_cache)
 
     commands.add_parser("bench", help="measure what the fusion and the guidance cost on this machine, and what the guidance gains")
+    commands.add_parser("toy", help="the miniature model that is part of the program: train, check, export it, and measure fusions with it")
     return parser
 
 

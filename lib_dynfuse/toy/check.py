@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .captions import caption, name_of
-from .judges import Judges, load_judges
+from .judges import Judges, Scores, load_judges
 from .model import load_pipeline
 from .painter import CLASSES, HELD_OUT_STYLES, STYLES, SUBJECTS, Scene
 from .training.loras import SUBJECT_STYLES
@@ -122,7 +123,7 @@ def _alone(pipeline: Any, judges: Judges, weights: Path) -> tuple[dict[str, floa
     scores: dict[str, float] = {}
     shown: list[Image.Image] = []
 
-    def measure(name: str, prompts: Iterable[str], settings: FuseSettings, score: Callable[[Any], Tensor]) -> None:
+    def measure(name: str, prompts: Iterable[str], settings: FuseSettings, score: Callable[[Scores], Tensor]) -> None:
         subject, style = (name, "blueprint") if name in SUBJECTS else ("zib", name)
         fused = FusedPipeline(pipeline, files[subject], files[style], settings)
         images = [image for prompt in prompts for image in fused(prompt, seeds=range(6), steps=STEPS, cfg_scale=CFG_SCALE).images]
@@ -131,10 +132,10 @@ def _alone(pipeline: Any, judges: Judges, weights: Path) -> tuple[dict[str, floa
 
     for word in SUBJECTS:
         prompts = [caption(name_of(word), style) for style in SUBJECT_STYLES]
-        measure(word, prompts, FuseSettings(method="direct", style_weight=0.0), lambda scored, word=word: scored.subject(word))
+        measure(word, prompts, FuseSettings(method="direct", style_weight=0.0), partial(Scores.subject, name=word))
     for style in HELD_OUT_STYLES:
         prompts = [caption(what, style) for what in (*_STYLE_CLASSES, "creature")]
-        measure(style, prompts, FuseSettings(method="direct", subject_weight=0.0), lambda scored, style=style: scored.style(style))
+        measure(style, prompts, FuseSettings(method="direct", subject_weight=0.0), partial(Scores.style, name=style))
     return scores, sheet(shown, 15)
 
 

@@ -134,6 +134,7 @@ def _sitting(rng: random.Random, what: str | None = None, style: str | None = "a
     if style == "any":
         style = None if rng.random() < 0.2 else rng.choice([*_RULES])
     fills = random_fills(rng)
+    draw: Draw
     if what in SUBJECTS:
         character, fills = SUBJECTS[what].character, SUBJECTS[what].fills
         draw, kind = character.draw, character.kind

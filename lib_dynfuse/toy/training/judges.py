@@ -45,7 +45,7 @@ def train_judges(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any
         generator.manual_seed(_SEED + step)
         for _ in range(_FRESH):
             pool[rng.randrange(_POOL)] = example(any_kind(rng), rng)
-        chosen = batch(rng.sample(pool, BATCH), SUBJECT_NAMES, STYLE_NAMES)
+        chosen: tuple[Tensor, ...] = batch(rng.sample(pool, BATCH), SUBJECT_NAMES, STYLE_NAMES)
         if decoded is not None:
             seen = torch.randint(len(decoded[0]), (round(_SHARE_DECODED * BATCH),), generator=generator)
             chosen = tuple(torch.cat([new[len(seen) :], old[seen]]) for new, old in zip(chosen, decoded, strict=True))
@@ -56,7 +56,7 @@ def train_judges(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any
         subject, style, intact = _errors(tuple(each.float() for each in logits), answers)
         loop.descend(subject + style + intact, subject=subject, style=style, intact=intact)
     loop.finish()
-    judges.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    judges.to(memory_format=torch.contiguous_format)
     _calibrate(judges)
     save_network(judges, weights / "judges.safetensors")
     return {"steps": loop.step, "seconds": round(loop.seconds), "batch": BATCH, "temperatures": judges.temperatures.tolist()}

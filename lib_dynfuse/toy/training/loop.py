@@ -48,7 +48,9 @@ class TrainingLoop:
         self.seconds = 0.0
         self.figures: dict[str, float] = {}
         self._networks = dict(networks)
-        self._parameters = [parameter for network in networks.values() for parameter in network.parameters() if parameter.requires_grad]
+        self._parameters: list[Tensor] = [
+            parameter for network in networks.values() for parameter in network.parameters() if parameter.requires_grad
+        ]
         self._average = [parameter.detach().clone() for parameter in self._parameters]
         self._keep, self._rate, self._warm_up, self._last_rate = average, rate, warm_up, last_rate
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, foreach=True)
@@ -78,7 +80,7 @@ class TrainingLoop:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate_now()
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0, foreach=True)
         self._optimizer.step()
         with torch.no_grad():
