@@ -21,7 +21,17 @@ from .guidance.references import ReferenceCache
 from .guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderSources
 from .home import VARIABLE, encoders_folder, references_folder
 from .lora import LoraError
-from .settings import FuseSettings, SettingsError, field_metadata, field_types, format_value, parse_value
+from .settings import (
+    PRESET,
+    PRESETS,
+    FuseSettings,
+    SettingsError,
+    field_metadata,
+    field_types,
+    format_value,
+    parse_value,
+    preset_values,
+)
 from .toy.shipped import WeightsError
 
 PROGRAM = "python -m lib_dynfuse"
@@ -139,6 +149,8 @@ def _add_generate(commands: Any) -> None:
     add("--dtype", choices=tuple(DTYPES), help="numbers to compute with (default: float32 on a CPU, bfloat16 for Flux, else float16)")
 
     fusion = generate.add_argument_group("fusion and guidance")
+    fusion.add_argument(f"--{PRESET}", choices=tuple(PRESETS), help="many settings at once, which those given by name change; paper: "
+        "those of the paper's experiments, with guidance: much slower")  # fmt: skip
     for name in field_types():
         if name not in _FILE_FIELDS:
             _add_setting(fusion, name)
@@ -197,9 +209,10 @@ def settings_of(options: argparse.Namespace, cache: ReferenceCache | None = None
 
     cache: where given pictures are kept; None for the user's own.
     """
-    values: dict[str, Any] = {}
+    preset = getattr(options, PRESET, None)
+    values: dict[str, Any] = dict(preset_values(preset)) if preset else {}
     if options.weights:
-        values = {
+        values |= {
             name: _typed(name, text, "--weights") for name, text in zip(("subject_weight", "style_weight"), options.weights, strict=True)
         }
     for name in field_types():

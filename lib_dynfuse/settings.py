@@ -247,12 +247,17 @@ class FuseSettings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> FuseSettings:
-        """Settings from typed values (API, panel). Raises SettingsError that names unknown keys and wrong types."""
+        """Settings from typed values (API, panel). The key "preset" names one of PRESETS; other keys go before its values.
+
+        Raises SettingsError that names unknown keys and wrong types.
+        """
+        values = dict(values)
+        preset = preset_values(values.pop(PRESET)) if PRESET in values else {}
         known = field_types()
         unknown = [str(key) for key in values if key not in known]
         if unknown:
             raise SettingsError(f"unknown setting {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
-        return cls(**dict(values))
+        return cls(**{**preset, **values})
 
     @classmethod
     def from_text(cls, values: Mapping[str, str]) -> FuseSettings:
@@ -263,6 +268,46 @@ class FuseSettings:
     def non_default(self) -> dict[str, Any]:
         """The fields that differ from their defaults, in the order of declaration."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+PRESET = "preset"
+"""The key that stands for many fields at once. It is no field: what is stored and shown are the fields' values."""
+
+_PAPER: dict[str, Any] = {
+    "method": "dynfuse",
+    "criterion": "kl",
+    "granularity": "image",
+    "scope": "attention",
+    "temperature": "raw",
+    "balance": "none",
+    "bias": 1.0,
+    "one_sided": "apply",
+    "guidance": True,
+    "m": 10.0,
+    "content_weight": 1 / 3,
+    "style_clip_weight": 1 / 3,
+    "style_dino_weight": 1 / 3,
+    "start": 0.0,
+    "end": 1.0,
+    "every": 1,
+    "gradient": "exact",
+    "decoder": "vae",
+    "limit": 0.0,
+}
+"""Sections 4.1, 4.2 and 5.1 of the paper (arXiv 2602.15539); what it leaves open is as in the defaults."""
+
+PRESETS: dict[str, Mapping[str, Any]] = {
+    "default": {name: FuseSettings.__dataclass_fields__[name].default for name in _PAPER},
+    "paper": _PAPER,
+}
+"""Values of the same fields each, so that one takes back what another set."""
+
+
+def preset_values(name: Any) -> Mapping[str, Any]:
+    """The fields that a preset sets. Raises SettingsError for a name that is not in PRESETS."""
+    if not isinstance(name, str) or name not in PRESETS:
+        raise SettingsError(f"{PRESET} must be one of {', '.join(PRESETS)}, not {name!r}")
+    return PRESETS[name]
 
 
 def field_types() -> dict[str, type]:

@@ -62,6 +62,12 @@ def test_the_last_of_an_option_and_its_opposite_counts():
     assert settings_of("--no-guidance", "--guidance") == FuseSettings(guidance=True)
 
 
+def test_options_by_name_change_what_a_preset_sets():
+    settings = settings_of("--preset", "paper", "--criterion", "js", "--weights", "0.5", "0.75")
+    assert (settings.criterion, settings.gradient, settings.limit, settings.scope) == ("js", "exact", 0, "attention")
+    assert (settings.subject_weight, settings.style_weight) == (0.5, 0.75)
+
+
 def test_without_options_the_settings_are_the_defaults():
     assert settings_of() == FuseSettings()
 

@@ -18,11 +18,17 @@ import gradio as gr
 from PIL import Image
 
 from ..hosts.base import WebUIHost
-from ..settings import FuseSettings, SettingsError, field_metadata, field_types
+from ..settings import PRESETS, FuseSettings, SettingsError, field_metadata, field_types
 from . import gallery, infotext, pictures
 
 TITLE = "DynFuse"
 SWITCH_TOOLTIP = "Fuse a subject LoRA and a style LoRA. A <dynfuse:...> tag in the prompt goes before what is chosen here."
+PRESET_TOOLTIPS = {
+    "default": "Set the method, its advanced settings and the guidance back to what this extension recommends. LoRAs, weights, prompts and "
+    "pictures stay.",
+    "paper": "Set the method, its advanced settings and the guidance as in the paper's experiments. Exact gradients and the full VAE take "
+    "several times as long, and much memory.",
+}
 LORA_FIELDS = infotext.LORA_FIELDS
 MAIN_FIELDS = (*LORA_FIELDS, "subject_weight", "style_weight", "method", "criterion")
 ADVANCED_ROWS = (("te_weight", "bias"), ("granularity", "scope", "one_sided"), ("temperature", "balance"))
@@ -101,6 +107,8 @@ def build(tab: str, host: WebUIHost) -> Panel:
         with gr.Row(elem_classes=["dynfuse-row"]):
             add("method")
             add("criterion")
+            with gr.Column(elem_classes=["dynfuse-presets"], scale=0, min_width=120):
+                presets = {name: gr.Button(f"Preset: {name}", elem_id=element(f"preset_{name}"), size="sm") for name in PRESETS}
         with gr.Accordion("Advanced", open=False, elem_id=element("advanced"), elem_classes=["dynfuse-advanced"]):
             for row in ADVANCED_ROWS:
                 with gr.Row(elem_classes=["dynfuse-row"]):
@@ -132,6 +140,10 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 clear.webui_tooltip = "Remove all of them; a reference is made anew when it is needed."
                 _quietly(refresh.click, kept_references, inputs=[], outputs=[references])
                 _quietly(clear.click, cleared_references, inputs=[], outputs=[references])
+        for name, button in presets.items():
+            button.webui_tooltip = PRESET_TOOLTIPS[name]
+            values = PRESETS[name]
+            _quietly(button.click, functools.partial(list, values.values()), inputs=[], outputs=[fields[field] for field in values])
         result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
 
     return Panel(enabled, {name: fields[name] for name in field_types()}, result, references)

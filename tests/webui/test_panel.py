@@ -85,16 +85,16 @@ def thumbnails(webui, tmp_path):
     def build(**previews):
         with gr.Blocks() as demo:
             made = panel.build("txt2img", FakeHost(tmp_path, previews={name: str(path) for name, path in previews.items()}))
-        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 4, 5)
+        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 6, 7)
         return made.fields, chosen, opened
 
     return build
 
 
 def functions_of(demo, *places):
-    """Functions behind a page: of choosing subject and style, of the buttons of the references, then of opening previews and references."""
+    """Functions behind a page: of choosing subject and style, of the references' buttons, of the presets', then of opening what is shown."""
     functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
-    assert len(functions) >= 7
+    assert len(functions) >= 9
     return [functions[place] for place in places]
 
 
@@ -125,12 +125,32 @@ def test_a_preview_that_is_no_picture_is_not_shown(thumbnails, tmp_path):
     assert "no preview" in chosen[0]("dog")
 
 
+def test_the_buttons_of_the_presets_set_the_controls_they_are_wired_to(webui, host):
+    with gr.Blocks() as demo:
+        made = panel.build("txt2img", host)
+    names = {control._id: name for name, control in made.fields.items()}
+    buttons = {block._id: block.value for block in demo.blocks.values() if str(block.elem_id).startswith("dynfuse_txt2img_preset_")}
+    wired = {}
+    for event in demo.config["dependencies"] if hasattr(demo, "config") else demo.get_config_file()["dependencies"]:
+        for target in event["targets"]:
+            pressed = target[0] if isinstance(target, (list, tuple)) else target  # gradio 4 or 3
+            if pressed in buttons:
+                wired[buttons[pressed]] = [names[output] for output in event["outputs"]]
+    default, paper = functions_of(demo, 4, 5)
+    assert set(wired) == {"Preset: default", "Preset: paper"}
+    set_to = dict(zip(wired["Preset: paper"], paper(), strict=True))
+    assert [set_to[name] for name in ("gradient", "limit", "scope", "guidance")] == ["exact", 0, "attention", True]
+    for name, value in zip(wired["Preset: default"], default(), strict=True):
+        assert value == getattr(FuseSettings(), name)
+    assert not set(set_to) & {"subject", "style", "subject_weight", "style_weight", "subject_prompt", "reference_seed"}
+
+
 @pytest.fixture
 def references(webui, host):
     """What the panel's refresh button, its clear button and opening the page show of the kept references."""
     with gr.Blocks() as demo:
         panel.build("txt2img", host)
-    return functions_of(demo, 2, 3, 6)
+    return functions_of(demo, 2, 3, 8)
 
 
 def test_the_kept_references_are_shown_and_cleared(references, host):
@@ -148,7 +168,7 @@ def test_a_finished_job_shows_its_result_and_the_references_it_left(webui, host)
     with gr.Blocks() as demo:
         made = panel.build("txt2img", host)
         panel.refresh_result_on_change(gr.Textbox(), made, lambda: "<p>map</p>", host)
-    (after_job,) = functions_of(demo, 4)
+    (after_job,) = functions_of(demo, 6)
     host.reference_cache.keep_picture(Image.new("RGB", (20, 10)))
     result, references = after_job()
     assert result == "<p>map</p>"

@@ -128,3 +128,40 @@ def test_a_setting_out_of_range_is_refused_by_tag_infotext_and_api_alike():
     ):
         with pytest.raises(SettingsError, match="bias must be at least 0, not -1"):
             read()
+
+
+# Presets. What "paper" means is written here once more, from sections 4.1, 4.2 and 5.1 of the paper.
+PAPER = {
+    **{"method": "dynfuse", "criterion": "kl", "scope": "attention", "temperature": "raw", "balance": "none", "bias": 1.0},
+    **{"guidance": True, "m": 10.0, "gradient": "exact", "decoder": "vae", "limit": 0.0, "start": 0.0, "end": 1.0, "every": 1},
+    **{name: pytest.approx(1 / 3) for name in ("content_weight", "style_clip_weight", "style_dino_weight")},
+}
+
+
+def holds(settings, values):
+    return {name: getattr(settings, name) for name in values} == values
+
+
+def test_the_preset_is_the_paper_in_tag_and_api():
+    assert holds(tag.parse_tag(["dog", "watercolor", "preset=paper"]), PAPER)
+    assert holds(read_arguments([True, {**PAIR, "preset": "paper"}], OnePicture()), PAPER)
+
+
+@pytest.mark.parametrize("items", [["criterion=js", "preset=paper"], ["preset=paper", "criterion=js"]])
+def test_what_is_given_by_name_goes_before_the_preset(items):
+    assert holds(tag.parse_tag(["dog", "watercolor", *items]), {**PAPER, "criterion": "js"})
+
+
+def test_the_default_preset_changes_nothing():
+    assert tag.parse_tag(["dog", "watercolor", "preset=default"]) == FuseSettings(**PAIR)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_names():
+    with pytest.raises(SettingsError, match="preset must be one of default, paper, not 'papper'"):
+        tag.parse_tag(["dog", "watercolor", "preset=papper"])
+
+
+def test_a_preset_is_stored_as_the_values_it_stands_for():
+    settings = tag.parse_tag(["dog", "watercolor", "preset=paper"])
+    assert through_tag(settings) == settings
+    assert "preset" not in tag.format_tag(settings)
