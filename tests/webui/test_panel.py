@@ -92,7 +92,7 @@ def thumbnails(webui, tmp_path):
 
 
 def functions_of(demo, *places):
-    """Functions behind a page: of choosing subject and style, of the references' buttons, of the presets', then of opening what is shown."""
+    """Functions behind a page: of choosing subject and style, of the references' buttons, of the presets', then of opening the page."""
     functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
     assert len(functions) >= 9
     return [functions[place] for place in places]
