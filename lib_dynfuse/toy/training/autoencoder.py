@@ -16,7 +16,7 @@ from .loop import TrainingLoop
 from .pictures import as_floats, as_tensor, autoencoder_scene
 
 STEPS = 5400
-DECODER_STEPS = 5000
+DECODER_STEPS = 2200
 BATCH = 12
 PICTURES = 40_000
 _SEED = 3

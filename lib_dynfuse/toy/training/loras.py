@@ -9,25 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..captions import caption, name_of
+from ..captions import caption, name_of, training_caption
 from ..model import load_pipeline, save_weights
 from ..painter import HELD_OUT_STYLES, SUBJECTS, Scene
 from .base import alphas, denoising_loss, encoded, latents_of
 from .loop import TrainingLoop
-from .pictures import as_tensor
+from .pictures import as_tensor, base_scene
 
 RANK = 8
 ORACLE_RANK = 4
 STEPS = 400
-RATE = 2e-3
+RATE = 1e-3
 BATCH = 16
+PRIOR_SHARE = 6
+"""Of BATCH: pictures of the base model's own world, with captions that it knows, so that a LoRA changes only what its words say."""
+_PRIOR_PICTURES = 256
+_SHIFT = 4
+"""Pixels by which a picture may be moved, so that its thing is not tied to a place."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 SUBJECT_STYLES = ("flat", "striped", "sketch", "pixel", "sepia")
-_STYLE_OBJECTS = ("cat", "house", "creature", "rocket", "robot")
+_STYLE_OBJECTS = ("cat", "house", "rocket", "cup", "flower")
 _SEED = 21
 
 
@@ -87,9 +93,10 @@ def train_lora(
     """The LoRA in kohya's form, and what is worth recording."""
     pipeline = load_pipeline(weights)
     unet, text = pipeline.unet.requires_grad_(False), pipeline.text_encoder
-    latents = latents_of(torch.cat([lesson.pictures(), lesson.pictures().flip(3)]), pipeline.vae)
+    latents, captions = _material(lesson, pipeline.vae)
+    prior = len(latents) - _PRIOR_PICTURES
     with torch.no_grad():
-        context = encoded([*lesson.captions, *lesson.captions], text)
+        context = encoded(captions, text)
     torch.manual_seed(_SEED)
     branches = attach(unet, rank)
     loop = TrainingLoop(
@@ -105,12 +112,38 @@ def train_lora(
     )
     noises = alphas()
     for _ in loop:
-        chosen = torch.randint(len(latents), (BATCH,))
+        chosen = torch.cat([torch.randint(prior, (BATCH - PRIOR_SHARE,)), torch.randint(prior, len(latents), (PRIOR_SHARE,))])
         with parametrize.cached():
             loss, error = denoising_loss(unet, latents[chosen], context[chosen], noises)
         loop.descend(loss, error=error)
     loop.finish()
     return kohya(branches), {"steps": loop.step, "seconds": round(loop.seconds), "error": loop.figures["error"]}
+
+
+def _material(lesson: Lesson, vae: Any) -> tuple[Tensor, list[str]]:
+    """Latents and captions: the lesson's pictures, mirrored and moved, then the prior's."""
+    rng = random.Random(f"{_SEED} {lesson.name} moved")
+    both = torch.cat([lesson.pictures(), lesson.pictures().flip(3)])
+    moved = torch.cat([both, *(_moved(both, rng) for _ in range(7))])
+    scenes, prior = zip(*(_without(lesson.name.split("-"), rng) for _ in range(_PRIOR_PICTURES)), strict=True)
+    return latents_of(torch.cat([moved, as_tensor(scenes, rng)]), vae), [*lesson.captions * (len(moved) // len(lesson.captions)), *prior]
+
+
+def _without(words: Sequence[str], rng: random.Random) -> tuple[Scene, str]:
+    """A scene of the base model's world, with a caption that has none of the words."""
+    while True:
+        scene = base_scene(rng)
+        said = training_caption(scene, rng)
+        if not set(words) & set(said.split()):
+            return scene, said
+
+
+def _moved(pictures: Tensor, rng: random.Random) -> Tensor:
+    """(B, 3, H, W) uint8, each a few pixels away; what was at the edge is repeated."""
+    padded = F.pad(pictures.float(), (_SHIFT,) * 4, mode="replicate").to(pictures.dtype)
+    corners = [(rng.randrange(2 * _SHIFT + 1), rng.randrange(2 * _SHIFT + 1)) for _ in pictures]
+    height, width = pictures.shape[2:]
+    return torch.stack([picture[:, y : y + height, x : x + width] for picture, (y, x) in zip(padded, corners, strict=True)])
 
 
 def attach(unet: nn.Module, rank: int) -> dict[str, LowRank]:
