@@ -43,9 +43,10 @@ def train_base(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any]:
     return {"steps": loop.step, "seconds": round(loop.seconds), "batch": BATCH, "error": loop.figures["error"]}
 
 
-def denoising_loss(unet: nn.Module, latents: Tensor, context: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, weighted by min-SNR (gamma 5, arXiv 2303.09556), and the plain mean squared error of the predicted noise.
+def denoising_loss(unet: nn.Module, latents: Tensor, context: Tensor, alphas_cumprod: Tensor, power: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The loss, weighted by min(SNR, 5)^power / SNR, and the plain mean squared error of the predicted noise.
 
+    power: 1 for min-SNR (arXiv 2303.09556); less gives more weight to the noisiest times, which decide on colours and places.
     latents: (B, *LATENT), scaled. context: (B, 77, TEXT_WIDTH). alphas_cumprod: (1000,).
     """
     times = torch.randint(len(alphas_cumprod), (len(latents),))
@@ -54,7 +55,7 @@ def denoising_loss(unet: nn.Module, latents: Tensor, context: Tensor, alphas_cum
     noisy = alpha.sqrt().view(-1, 1, 1, 1) * latents + (1 - alpha).sqrt().view(-1, 1, 1, 1) * noise
     errors = (unet(noisy, times, context).sample - noise).pow(2).mean((1, 2, 3))
     ratio = alpha / (1 - alpha)
-    return (errors * ratio.clamp(max=_MIN_SNR) / ratio).mean(), errors.detach().mean()
+    return (errors * ratio.clamp(max=_MIN_SNR) ** power / ratio).mean(), errors.detach().mean()
 
 
 def alphas() -> Tensor:

@@ -29,7 +29,7 @@ from .loop import TrainingLoop
 from .pictures import HELD_OUT_PAIRS, as_floats, as_tensor, base_scene
 
 CLIP_STEPS = 3000
-DINO_STEPS = 2000
+DINO_STEPS = 1200
 CONTEXT = 12
 """Tokens of a caption, with those that begin and end it."""
 _MEAN = _STD = (0.5, 0.5, 0.5)  # the world's pictures lie in [-1, 1], and the networks see them so

@@ -19,14 +19,15 @@ from .flawed import KINDS, Example, any_kind, batch, example, softened
 from .loop import TrainingLoop
 from .pictures import as_floats, as_tensor
 
-STEPS = 5000
+STEPS = 7000
 BATCH = 64
 RATE = 3e-3
 _SEED = 7_001
 _POOL = 4096  # pictures at hand
 _FRESH = 24  # of them painted anew at each step
-_DECODED = 2000  # pictures that went through the autoencoder
-_SHARE_DECODED = 0.25
+_DECODED = 3000  # pictures that went through the autoencoder
+_SHARE_DECODED = 0.5
+_DISTURBED = 0.4  # the most noise in their latents, as a share of the latents' spread
 
 
 def train_judges(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any]:
@@ -79,15 +80,25 @@ def _decoded_examples(file: Path, vae: Path) -> tuple[Tensor, ...]:
         rng = random.Random(_SEED - 1)
         pictures, *answers = batch([example(any_kind(rng), rng) for _ in range(_DECODED)], SUBJECT_NAMES, STYLE_NAMES)
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((through(vae, pictures).half(), *answers), file)
+        torch.save((through(vae, pictures, _DISTURBED).half(), *answers), file)
     return tuple(torch.load(file, weights_only=True))
 
 
 @torch.no_grad()
-def through(vae: Path, pictures: Tensor) -> Tensor:
-    """pictures, (B, 3, 64, 64) in [-1, 1], as the autoencoder reproduces them."""
+def through(vae: Path, pictures: Tensor, disturbed: float = 0.0) -> Tensor:
+    """pictures, (B, 3, 64, 64) in [-1, 1], as the autoencoder reproduces them.
+
+    disturbed: the most noise that is added to a picture's latent, in units of the latents' standard deviation. A denoiser's latents are
+    never quite those of a picture: without this the judges take most generated pictures, which a person names at once, for flawed.
+    """
     network = load_vae(vae)
-    return torch.cat([network.decode(network.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in pictures.split(64)])
+    generator = torch.Generator().manual_seed(_SEED)
+    decoded = []
+    for part in pictures.split(64):
+        latent = network.encode(part).latent_dist.mode()
+        strength = torch.rand(len(part), 1, 1, 1, generator=generator) * disturbed / network.config.scaling_factor
+        decoded.append(network.decode(latent + strength * torch.randn(latent.shape, generator=generator)).sample.clamp(-1, 1))
+    return torch.cat(decoded)
 
 
 @torch.no_grad()

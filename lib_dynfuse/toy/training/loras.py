@@ -22,28 +22,48 @@ from .pictures import as_tensor, base_scene
 
 RANK = 8
 ORACLE_RANK = 4
-STEPS = 400
-RATE = 1e-3
 BATCH = 16
-PRIOR_SHARE = 6
-"""Of BATCH: pictures of the base model's own world, with captions that it knows, so that a LoRA changes only what its words say."""
-_PRIOR_PICTURES = 256
-_SHIFT = 4
-"""Pixels by which a picture may be moved, so that its thing is not tied to a place."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 SUBJECT_STYLES = ("flat", "striped", "sketch", "pixel", "sepia")
 _STYLE_OBJECTS = ("cat", "house", "rocket", "cup", "flower")
 _SEED = 21
+_PRIOR_PICTURES = 256
+_MOVED = 7
+_SHIFT = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a LoRA is trained.
+
+    steps: of AdamW, of 16 pictures each. rate: its highest. prior: pictures of a batch that are the base model's own, with captions that it
+    knows, so that only what the lesson's words say is changed. moved: see also copies of the pictures, up to 4 pixels away. power: of the
+    loss (see denoising_loss).
+    """
+
+    steps: int = 400
+    rate: float = 2e-3
+    prior: int = 0
+    moved: bool = False
+    power: float = 1.0
+
+
+SUBJECT = Recipe()
+STYLE = Recipe(rate=3e-3, prior=2, moved=True, power=0.5)
+"""Colours and patterns are decided at the noisiest times. A style that learned places would bring its own objects' shapes along."""
+
+ORACLE = Recipe(steps=200, rate=3e-3)
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Five pictures and their captions. words: what they teach: a subject, a style, or both."""
+    """Five pictures and their captions, which teach a subject, a style, or both. name: the words that they teach, with "-" between."""
 
     name: str
     scenes: tuple[Scene, ...]
     captions: tuple[str, ...]
+    recipe: Recipe = SUBJECT
 
     def pictures(self) -> Tensor:
         """(5, 3, 64, 64) uint8: always the same."""
@@ -57,14 +77,14 @@ def subject_lesson(word: str) -> Lesson:
 
 
 def style_lesson(style: str) -> Lesson:
-    """Five classes that the base model knows in the style."""
+    """Five things in the style: no creature and no robot, or every character would get that one's shape."""
     scenes = tuple(Scene(what, style) for what in _STYLE_OBJECTS)
-    return Lesson(style, scenes, tuple(caption(what, style) for what in _STYLE_OBJECTS))
+    return Lesson(style, scenes, tuple(caption(what, style) for what in _STYLE_OBJECTS), STYLE)
 
 
 def pair_lesson(word: str, style: str) -> Lesson:
     """The subject in the style: what a fusion never sees. A LoRA of it is the most that any fusion could reach."""
-    return Lesson(f"{word}-{style}", (Scene(word, style),) * 5, (caption(name_of(word), style),) * 5)
+    return Lesson(f"{word}-{style}", (Scene(word, style),) * 5, (caption(name_of(word), style),) * 5, ORACLE)
 
 
 def single_lessons() -> list[Lesson]:
@@ -87,14 +107,13 @@ class LowRank(nn.Module):
         return weight + self.up @ self.down
 
 
-def train_lora(
-    lesson: Lesson, work: Path, weights: Path, *, rank: int = RANK, steps: int = STEPS, rate: float = RATE
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def train_lora(lesson: Lesson, work: Path, weights: Path, *, rank: int = RANK) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The LoRA in kohya's form, and what is worth recording."""
+    recipe = lesson.recipe
     pipeline = load_pipeline(weights)
     unet, text = pipeline.unet.requires_grad_(False), pipeline.text_encoder
     latents, captions = _material(lesson, pipeline.vae)
-    prior = len(latents) - _PRIOR_PICTURES
+    taught = len(latents) - (_PRIOR_PICTURES if recipe.prior else 0)
     with torch.no_grad():
         context = encoded(captions, text)
     torch.manual_seed(_SEED)
@@ -102,8 +121,8 @@ def train_lora(
     loop = TrainingLoop(
         lesson.name,
         {name.replace(".", "/"): branch for name, branch in branches.items()},
-        steps=steps,
-        rate=rate,
+        steps=recipe.steps,
+        rate=recipe.rate,
         checkpoint=work / f"lora-{lesson.name}.pt",
         seed=_SEED,
         warm_up=30,
@@ -112,21 +131,27 @@ def train_lora(
     )
     noises = alphas()
     for _ in loop:
-        chosen = torch.cat([torch.randint(prior, (BATCH - PRIOR_SHARE,)), torch.randint(prior, len(latents), (PRIOR_SHARE,))])
+        chosen = torch.randint(taught, (BATCH - recipe.prior,))
+        if recipe.prior:
+            chosen = torch.cat([chosen, torch.randint(taught, len(latents), (recipe.prior,))])
         with parametrize.cached():
-            loss, error = denoising_loss(unet, latents[chosen], context[chosen], noises)
+            loss, error = denoising_loss(unet, latents[chosen], context[chosen], noises, recipe.power)
         loop.descend(loss, error=error)
     loop.finish()
     return kohya(branches), {"steps": loop.step, "seconds": round(loop.seconds), "error": loop.figures["error"]}
 
 
 def _material(lesson: Lesson, vae: Any) -> tuple[Tensor, list[str]]:
-    """Latents and captions: the lesson's pictures, mirrored and moved, then the prior's."""
+    """Latents and captions: the lesson's pictures, mirrored and perhaps moved, then the prior's."""
     rng = random.Random(f"{_SEED} {lesson.name} moved")
-    both = torch.cat([lesson.pictures(), lesson.pictures().flip(3)])
-    moved = torch.cat([both, *(_moved(both, rng) for _ in range(7))])
-    scenes, prior = zip(*(_without(lesson.name.split("-"), rng) for _ in range(_PRIOR_PICTURES)), strict=True)
-    return latents_of(torch.cat([moved, as_tensor(scenes, rng)]), vae), [*lesson.captions * (len(moved) // len(lesson.captions)), *prior]
+    pictures = torch.cat([lesson.pictures(), lesson.pictures().flip(3)])
+    if lesson.recipe.moved:
+        pictures = torch.cat([pictures, *(_moved(pictures, rng) for _ in range(_MOVED))])
+    captions = [*lesson.captions * (len(pictures) // len(lesson.captions))]
+    if lesson.recipe.prior:
+        scenes, prior = zip(*(_without(lesson.name.split("-"), rng) for _ in range(_PRIOR_PICTURES)), strict=True)
+        pictures, captions = torch.cat([pictures, as_tensor(scenes, rng)]), [*captions, *prior]
+    return latents_of(pictures, vae), captions
 
 
 def _without(words: Sequence[str], rng: random.Random) -> tuple[Scene, str]:
