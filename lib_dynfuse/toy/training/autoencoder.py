@@ -15,7 +15,7 @@ from ..model import load_vae, new_vae, save_network
 from .loop import TrainingLoop
 from .pictures import as_floats, as_tensor, autoencoder_scene
 
-STEPS = 5400
+STEPS = 12_000
 DECODER_STEPS = 2200
 BATCH = 12
 PICTURES = 40_000
