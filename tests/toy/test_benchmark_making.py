@@ -23,11 +23,11 @@ from lib_dynfuse.settings import FuseSettings
 from lib_dynfuse.toy import benchmark, model
 from lib_dynfuse.toy.benchmark.making import Studio, random_choice, shipped_judge
 from lib_dynfuse.toy.benchmark.methods import ROWS, row_of
-from lib_dynfuse.toy.benchmark.oracles import read_oracle
 from lib_dynfuse.toy.benchmark.protocol import TUNING
 from lib_dynfuse.toy.benchmark.run import made
 from lib_dynfuse.toy.benchmark.work import Setup, Task, tasks
 from lib_dynfuse.toy.judges import Judges
+from lib_dynfuse.toy.oracles import read_oracle, write_oracles
 
 from ..fakes.encoders import write_clip, write_dino
 
@@ -65,10 +65,7 @@ def weights(tmp_path_factory):
     (folder / "loras").mkdir()
     for seed, name in enumerate((PAIR.subject, PAIR.style)):
         save_file(attention_lora(unet, 8, seed), folder / "loras" / f"{name}.safetensors")
-    oracles = {pair.name: attention_lora(unet, 4, seed) for seed, pair in enumerate(TUNING[:2], 9)}
-    save_file(
-        {f"{pair}/{key}": tensor for pair, oracle in oracles.items() for key, tensor in oracle.items()}, folder / "oracles.safetensors"
-    )
+    write_oracles({pair.name: attention_lora(unet, 4, seed) for seed, pair in enumerate(TUNING[:2], 9)}, folder)
     write_clip(folder / "clip", size=64)
     write_dino(folder / "dino", size=64)
     return folder
@@ -111,13 +108,15 @@ def test_the_base_row_is_the_pipeline_alone(studio, weights):
 
 
 def test_an_oracle_is_read_out_of_the_common_file(weights):
-    tensors = load_file(weights / "oracles.safetensors")
-    for pair in TUNING[:2]:
-        oracle = read_oracle(weights, pair)
-        assert len(oracle.denoiser) == len(tensors) / 3 / 2
+    for seed, pair in enumerate(TUNING[:2], 9):
+        tensors = attention_lora(model.new_unet(), 4, seed)
+        oracle = read_oracle(weights, pair.name)
+        assert len(oracle.denoiser) == sum(key.endswith("up.weight") for key in tensors)
         for layer, branch in oracle.denoiser.items():
-            up, down = (tensors[f"{pair.name}/lora_unet_{layer}.lora_{way}.weight"] for way in ("up", "down"))
+            up, down = (tensors[f"lora_unet_{layer}.lora_{way}.weight"].half().float() for way in ("up", "down"))
             torch.testing.assert_close(branch.delta_weight(), up @ down)
+    with pytest.raises(KeyError, match=TUNING[3].name):
+        read_oracle(weights, TUNING[3].name)
 
 
 def test_a_random_choice_uses_one_lora_in_each_layer_of_each_picture(weights):

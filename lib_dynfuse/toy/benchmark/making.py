@@ -21,9 +21,9 @@ from ...lora import LoraFile, read_lora
 from ...lora.naming import Site
 from ..judges import load_judges
 from ..model import load_pipeline
+from ..oracles import read_oracle
 from .diagnosis import Diagnosis, EveryRow, diagnosis
 from .methods import Row
-from .oracles import read_oracle
 from .protocol import Pair
 from .work import Judge, Outcome, Setup, Task
 
@@ -77,7 +77,7 @@ class Studio:
 
     def _fused(self, pair: Pair, row: Row, clock: _Clock) -> tuple[list[Image.Image], Diagnosis | None]:
         setup = self.setup
-        subject = read_oracle(setup.weights, pair) if row.loras == "oracle" else self._lora(pair.subject)
+        subject = read_oracle(setup.weights, pair.name) if row.loras == "oracle" else self._lora(pair.subject)
         choice = random_choice(pair, setup.seeds) if row.loras == "random" else None
         fused = _Fusion(self._pipeline, subject, self._lora(pair.style), row, pair, self._guidance, choice)
         made = fused(

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..captions import caption, name_of, training_caption
 from ..model import load_pipeline, save_weights
+from ..oracles import write_oracles
 from ..painter import HELD_OUT_STYLES, SUBJECTS, Scene
 from .base import alphas, denoising_loss, encoded, latents_of
 from .loop import TrainingLoop
@@ -202,12 +203,11 @@ def train_loras(work: Path, weights: Path, lessons: Sequence[Lesson] | None = No
 
 
 def train_oracles(work: Path, weights: Path) -> dict[str, Any]:
-    """Writes oracles.safetensors: all pairs in one file, the pair's name before each key."""
-    packed, records = {}, {}
+    """Writes oracles.safetensors."""
+    oracles, records = {}, {}
     for lesson in pair_lessons():
-        tensors, records[lesson.name] = train_lora(lesson, work, weights, rank=ORACLE_RANK)
-        packed.update({f"{lesson.name}/{key}": tensor for key, tensor in tensors.items()})
-    save_weights(packed, weights / "oracles.safetensors")
+        oracles[lesson.name], records[lesson.name] = train_lora(lesson, work, weights, rank=ORACLE_RANK)
+    write_oracles(oracles, weights)
     return records
 
 
