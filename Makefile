@@ -9,7 +9,7 @@ A1111_PYTHON ?= $(shell for p in "$(PYTHON)" python3.10 python3.11; do \
 A1111_VENV := .venv-a1111
 A1111_BIN := $(A1111_VENV)/bin
 
-.PHONY: help demo test test-a1111 check format bench clean
+.PHONY: help demo test test-a1111 check format bench quality clean
 
 help:
 	@echo "make demo        two LoRAs in one picture, in four ways: a page to look at, in out/demo/"
@@ -18,6 +18,7 @@ help:
 	@echo "make check       formatting, lint and types"
 	@echo "make format      format the code"
 	@echo "make bench       what fusion and guidance cost on this machine"
+	@echo "make quality     which fusion is better in the miniature world, in out/quality/"
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lib_dynfuse demo --out out/demo
@@ -40,6 +41,9 @@ format: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m lib_dynfuse bench fusion
 	$(BIN)/python -m lib_dynfuse bench guidance
+
+quality: $(VENV)/.ready
+	$(BIN)/python -m lib_dynfuse toy bench --pictures out/quality
 
 clean:
 	rm -rf $(VENV) $(A1111_VENV) out .pytest_cache .ruff_cache .mypy_cache
