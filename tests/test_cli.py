@@ -201,7 +201,7 @@ def test_an_error_in_the_program_itself_is_not_hidden(monkeypatch):
 def tiny(tmp_path_factory):
     """A folder with a pipeline "model" and two LoRAs."""
     pytest.importorskip("diffusers", reason=NEEDS_DIFFUSERS)
-    from lib_dynfuse.bench.small_model import small_pipeline, write_random_lora
+    from tests.fakes.small_model import small_pipeline, write_random_lora
 
     folder = tmp_path_factory.mktemp("tiny")
     pipeline = small_pipeline()

@@ -1,7 +1,7 @@
 """bench steering: whether guided pictures come closer to their references than unguided ones of the same seeds, and how much.
 
-The model (see small_model), its LoRAs and the encoders are small and random. It shows that the machinery steers, not what people see in
-real pictures.
+In the miniature world (lib_dynfuse/toy): its trained model, a subject's and a style's LoRA, and its encoders. Whether what the encoders
+find closer is better is for other judges: `toy bench`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..guidance.encoders import Encoders
+from ..guidance.encoders import Encoders, load_encoders
 from ..guidance.references import ReferenceCache
 from ..guidance.score import LABELS, TERMS, Targets, score, similarities
-from ..lora import LoraFile
+from ..guidance.weights import EncoderSources
+from ..lora import read_lora
 from ..settings import FuseSettings
 from ..threads import one_thread
-from .small_model import small_encoders, small_loras, small_pipeline
+from ..toy.benchmark.protocol import CFG_SCALE, REFERENCE_SEED, TUNING, Pair
+from ..toy.model import WEIGHTS, load_pipeline
 
-STRENGTHS = (0.0, 0.1, 0.3, 1.0, 5.0, 10.0, 20.0, 50.0)
+STRENGTHS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 50.0)
 GRADIENTS = ("fast", "exact")
 
-_PROMPT = "a dog in the style of watercolor"
-_REFERENCE_SEED = 1000  # of none of the pictures
-_CFG_SCALE = 3.0
 _WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
 # Watches the unguided steps: too small to change a float32.
 _NOTHING = 1e-30
@@ -42,7 +40,6 @@ _NOTHING = 1e-30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=16, metavar="N", help="pictures, of seeds 0 to N - 1 (default: 16)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default: 20)")
-    parser.add_argument("--size", type=int, default=32, metavar="PX", help="side of the pictures in pixels (default: 32)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -53,21 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"The benchmark builds its model with {error.name}, which is not installed here: pip install {error.name}", file=sys.stderr)
         return 2
-    if arguments.seeds < 2 or arguments.steps < 2 or arguments.size < 16 or arguments.size % 8:
-        print("--seeds and --steps must be at least 2, --size a multiple of 8 and at least 16.", file=sys.stderr)
+    if arguments.seeds < 2 or arguments.steps < 2:
+        print("--seeds and --steps must be at least 2.", file=sys.stderr)
         return 2
     progress = (lambda text: None) if arguments.json else (lambda text: print(text, file=sys.stderr, flush=True))
     with tempfile.TemporaryDirectory() as folder, one_thread():
-        pipeline = small_pipeline()
-        make = Maker(
-            pipeline,
-            small_loras(Path(folder), pipeline),
-            small_encoders(),
-            Path(folder),
-            range(arguments.seeds),
-            arguments.steps,
-            arguments.size,
-        )
+        make = Maker(TUNING[0], Path(folder), range(arguments.seeds), arguments.steps)
         result = measure(make, STRENGTHS, GRADIENTS, progress)
     print(json.dumps(result, indent=2) if arguments.json else _table(result))
     return 0
@@ -92,29 +80,41 @@ def measure(
             jobs.append({"gradient": gradient, "m": m, **make(gradient, m)})
     for job in jobs:
         job["gain"] = [before - after for before, after in zip(first["final"], job["final"])]
-    setup = {"seeds": len(make.seeds), "steps": make.steps, "size": make.size, "limit": FuseSettings().limit, "torch": torch.__version__}
+    setup = {
+        "seeds": len(make.seeds),
+        "steps": make.steps,
+        "pair": make.pair.name,
+        "limit": FuseSettings().limit,
+        "torch": torch.__version__,
+    }
     return {**setup, "jobs": jobs}
 
 
-@dataclass(frozen=True)
 class Maker:
-    """Makes the pictures of all seeds. folder: for the references."""
+    """Makes a pair's pictures of all seeds."""
 
-    pipeline: Any
-    pair: tuple[LoraFile, LoraFile]
-    encoders: Encoders
-    folder: Path
-    seeds: Sequence[int]
-    steps: int
-    size: int
+    def __init__(self, pair: Pair, folder: Path, seeds: Sequence[int], steps: int) -> None:
+        """folder: for the references."""
+        self.pair, self.folder, self.seeds, self.steps = pair, folder, seeds, steps
+        self.encoders = load_encoders(EncoderSources(WEIGHTS, str(WEIGHTS / "clip"), str(WEIGHTS / "dino"), download=False))
+        self._pipeline = load_pipeline(WEIGHTS)
+        self._subject, self._style = (read_lora(WEIGHTS / "loras" / f"{name}.safetensors") for name in (pair.subject, pair.style))
 
     def __call__(self, gradient: str, m: float) -> dict[str, Any]:
         """final, terms, along and bitten, as measure returns them."""
         from ..hosts.diffusers import FusedPipeline, GuidanceSources
 
-        settings = FuseSettings(guidance=True, gradient=gradient, m=m or _NOTHING, reference_seed=_REFERENCE_SEED)
-        fused = FusedPipeline(self.pipeline, *self.pair, settings, GuidanceSources(self.encoders, ReferenceCache(self.folder)))
-        made = fused(_PROMPT, seeds=self.seeds, steps=self.steps, width=self.size, height=self.size, cfg_scale=_CFG_SCALE)
+        settings = FuseSettings(
+            guidance=True,
+            gradient=gradient,
+            m=m or _NOTHING,
+            subject_prompt=self.pair.subject_prompt,
+            style_prompt=self.pair.style_prompt,
+            reference_seed=REFERENCE_SEED,
+        )
+        sources = GuidanceSources(self.encoders, ReferenceCache(self.folder))
+        fused = FusedPipeline(self._pipeline, self._subject, self._style, settings, sources)
+        made = fused(self.pair.prompt, seeds=self.seeds, steps=self.steps, cfg_scale=CFG_SCALE)
         record = made.guidance
         assert record is not None
         subject, style = made.references
@@ -136,7 +136,7 @@ def final_similarities(images: Sequence[Image.Image], targets: Targets, encoders
 
 def _table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['seeds']} seeds, {result['steps']} steps, {result['size']} px, limit {result['limit']:g}, torch {result['torch']}; "
+        f"{result['pair']}, {result['seeds']} seeds, {result['steps']} steps, limit {result['limit']:g}, torch {result['torch']}; "
         "R: smaller is closer to the references",
         f"{'gradient':9}{'m':>5}{'R of the picture':>20}{'gain (spread)':>20}{'closer':>9}{'R of D, first to last step':>29}{'limited':>9}"
         + "".join(f"{label:>14}" for label in LABELS),

@@ -92,7 +92,8 @@ class FusionSession:
             if getattr(module, "weight", None) is not None or isinstance(getattr(module, "scale", None), Tensor)
         }
         self.layers = _find_layers(modules, subject, style, settings, self._state, weight_of or _own_weight, self.report)
-        if not self.report.matched and not self.report.one_sided:
+        nothing_wanted = settings.method == "direct" and not settings.subject_weight and not settings.style_weight
+        if not self.report.matched and not self.report.one_sided and not nothing_wanted:
             raise FusionError(_nothing_matches(subject, style, self.report))
         self._sites = [site for layer in self.layers if isinstance(layer, FusedLayer) for site in layer.sites]
         self._recorder = TraceRecorder(

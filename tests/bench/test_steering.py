@@ -6,19 +6,17 @@ import statistics
 
 import pytest
 
-pytest.importorskip("diffusers", reason="the small model is a diffusers pipeline")
+pytest.importorskip("diffusers", reason="the miniature world's model is a diffusers pipeline")
 
 from lib_dynfuse.bench import main, steering
-from lib_dynfuse.bench.small_model import small_encoders, small_loras, small_pipeline
+from lib_dynfuse.toy.benchmark.protocol import TUNING
 
-SEEDS = range(6)
+SEEDS = range(4)
 
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("steering")
-    pipeline = small_pipeline()
-    make = steering.Maker(pipeline, small_loras(folder, pipeline), small_encoders(), folder, SEEDS, 10, 32)
+    make = steering.Maker(TUNING[0], tmp_path_factory.mktemp("steering"), SEEDS, 8)
     result = steering.measure(make, (0.0, 0.1, 10.0), ("fast", "exact"))
     return {(job["gradient"], job["m"]): job for job in result["jobs"]}
 
@@ -48,7 +46,7 @@ def test_a_larger_m_gains_more_and_meets_the_limit_more_often(jobs):
     assert statistics.mean(weak["gain"]) < statistics.mean(strong["gain"])
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "1"], ["--steps", "1"], ["--size", "12"]])
+@pytest.mark.parametrize("arguments", [["--seeds", "1"], ["--steps", "1"]])
 def test_impossible_sizes_are_refused(arguments, capsys):
     assert main(["steering", *arguments]) == 2
     assert "at least" in capsys.readouterr().err

@@ -257,6 +257,16 @@ def test_direct_is_both_loras_merged(model, pair, deltas):
     assert not session.trace.measured.any()
 
 
+def test_a_direct_sum_of_nothing_is_the_model_itself(model, pair):
+    x = latent()
+    plain = model(x)
+    with fuse(model, *pair, FuseSettings(method="direct", subject_weight=0.0, style_weight=0.0)) as session:
+        for name, output in model(x).items():
+            assert torch.equal(output, plain[name])
+    assert session.trace.winners.numel() == 0
+    assert session.notes() == []
+
+
 def test_a_layer_of_one_lora_gets_that_lora_or_nothing(tmp_path, model, pair, deltas):
     style = lora_file(tmp_path / "part.safetensors", model, NAMES[:2], seed=5)
     x = latent(rows=1)

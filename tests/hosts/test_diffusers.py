@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers", reason="the standalone part needs diffusers, which A1111 does not have")
 
 from lib_dynfuse import FuseSettings, FusionError, read_lora
-from lib_dynfuse.bench.small_model import write_random_lora
 from lib_dynfuse.hosts import diffusers as host
 from lib_dynfuse.hosts.diffusers import FusedPipeline, PipelineError, load_pipeline, rows_of
+from tests.fakes.small_model import write_random_lora
 from tests.hosts import tiny_pipelines
 
 PROMPT, NEGATIVE = "a dog in a park", "rain"

@@ -26,7 +26,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from lib_dynfuse.bench.small_model import letter_tokenizer, small_pipeline
+from tests.fakes.small_model import letter_tokenizer, small_pipeline
 
 
 def clip_config(words, width, projection):

@@ -1,5 +1,7 @@
 """What is compared, and on what."""
 
+from itertools import pairwise
+
 import pytest
 
 from lib_dynfuse.settings import FuseSettings
@@ -80,8 +82,12 @@ def test_the_sweep_sees_the_tuning_pairs_alone():
     assert len(work) == len(PAIRS) * len(ROWS) + len(TUNING) * len(SWEEP)
 
 
-def test_a_guided_row_comes_first_and_the_next_not_at_once():
-    """Two processes would both make the references."""
-    guided = [task.row.guided for task in tasks(TUNING[:1], [*ROWS, *SWEEP])]
-    assert guided[:5] == [True, False, False, False, False]
-    assert sum(guided) > 1
+def test_guided_rows_come_first_and_no_pairs_second_before_every_pairs_first():
+    """They take longest; and two processes would both make a pair's references."""
+    work = tasks(PAIRS, [*ROWS, *SWEEP])
+    guided = [task.row.guided for task in work]
+    assert guided == sorted(guided, reverse=True)
+    assert [task.pair for task in work[: len(PAIRS)]] == list(PAIRS)
+    for one, other in pairwise(work[:4]):
+        assert one.pair.subject != other.pair.subject
+        assert one.pair.style != other.pair.style

@@ -55,6 +55,7 @@ def test_pictures_of_another_size_are_refused():
 
 def test_a_training_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_POOL", 96)
+    monkeypatch.setattr(training, "_CALIBRATED", 96)
     work, weights = tmp_path / "work", tmp_path / "weights"
     training.train_judges(work, weights, steps=1)
     first = load_judges(weights / "judges.safetensors")

@@ -91,8 +91,6 @@ SWEEP = tuple(
         "selection bias=0.5",
         "selection bias=2",
         "selection subject_weight=1.3 style_weight=1.3",
-        "selection balance=gamma granularity=token",
-        "selection balance=gamma temperature=rms granularity=token",
         "guidance m=1",
         "guidance m=5",
         "guidance m=20",

@@ -78,19 +78,17 @@ class Outcome:
 
 
 def tasks(pairs: Sequence[Pair], rows: Sequence[Row]) -> list[Task]:
-    """Every row on every pair, the sweep's on the tuning pairs alone."""
+    """Every row on every pair, the sweep's on the tuning pairs alone.
+
+    Guided rows first, each on all pairs before the next: they take longest, so that no process is left alone with one at the end; and
+    when a pair's second one comes to be made, its references are there.
+    """
     return [
         Task(pair, row, PICTURED_SEEDS if pair in PICTURED else 0)
+        for row in sorted(rows, key=lambda row: not row.guided)
         for pair in pairs
-        for row in _guided_apart(rows)
         if row.group != "sweep" or pair in TUNING
     ]
-
-
-def _guided_apart(rows: Sequence[Row]) -> list[Row]:
-    """A guided row first: when the others come to be made, the pair's references are there."""
-    guided, others = [row for row in rows if row.guided], [row for row in rows if not row.guided]
-    return [*guided[:1], *others[:4], *guided[1:], *others[4:]]
 
 
 __all__ = ["Judge", "Outcome", "Scores", "Setup", "Task", "tasks"]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..model import load_vae, new_vae, save_network
 from .loop import TrainingLoop
-from .pictures import as_floats, as_tensor, autoencoder_scene
+from .pictures import as_floats, as_tensor, autoencoder_scene, kept
 
 STEPS = 12_000
 DECODER_STEPS = 2200
@@ -89,15 +89,13 @@ def _batch(pictures: Tensor) -> Tensor:
 
 def _pictures(path: Path) -> Tensor:
     """(PICTURES, 3, 64, 64) uint8."""
-    if path.is_file():
-        return torch.load(path, weights_only=True)
-    rng = random.Random(_SEED)
-    parts = [
-        as_tensor([autoencoder_scene(rng) for _ in range(500)], rng) for _ in tqdm(range(PICTURES // 500), desc="pictures", unit="x500")
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.cat(parts), path)
-    return torch.cat(parts)
+
+    def painted() -> Tensor:
+        rng = random.Random(_SEED)
+        starts = tqdm(range(0, PICTURES, 500), desc="pictures", unit="x500")
+        return torch.cat([as_tensor([autoencoder_scene(rng) for _ in range(min(500, PICTURES - start))], rng) for start in starts])
+
+    return kept(path, painted)
 
 
 __all__ = ["BATCH", "DECODER_STEPS", "STEPS", "reconstruction_loss", "train_autoencoder", "train_decoder"]

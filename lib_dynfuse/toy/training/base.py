@@ -14,7 +14,7 @@ from ..captions import training_caption
 from ..model import load_vae, new_text_encoder, new_unet, save_network, save_text_encoder, tokenizer
 from ..painter import Scene
 from .loop import TrainingLoop
-from .pictures import as_floats, as_tensor, base_scene
+from .pictures import as_floats, as_tensor, base_scene, kept
 
 STEPS = 6000
 BATCH = 64
@@ -89,16 +89,13 @@ def _dataset(path: Path, vae_path: Path) -> tuple[Tensor, list[Scene]]:
     """The latents of PICTURES painted scenes, and the scenes."""
     rng = random.Random(_SEED)
     scenes = [base_scene(rng) for _ in range(PICTURES)]
-    if path.is_file():
-        return torch.load(path, weights_only=True), scenes
-    vae = load_vae(vae_path)
-    parts = [
-        latents_of(as_tensor(scenes[start : start + 500], random.Random(_SEED + 1 + start)), vae)
-        for start in tqdm(range(0, PICTURES, 500), desc="latents", unit="x500")
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.cat(parts), path)
-    return torch.cat(parts), scenes
+
+    def latents() -> Tensor:
+        vae = load_vae(vae_path)
+        starts = tqdm(range(0, PICTURES, 500), desc="latents", unit="x500")
+        return torch.cat([latents_of(as_tensor(scenes[start : start + 500], random.Random(_SEED + 1 + start)), vae) for start in starts])
+
+    return kept(path, latents), scenes
 
 
 __all__ = ["BATCH", "STEPS", "alphas", "denoising_loss", "encoded", "latents_of", "train_base"]

@@ -17,7 +17,7 @@ from ..model import WEIGHTS, load_vae, save_network
 from ..painter import CLASSES, HELD_OUT_STYLES, JUNK, STYLES, SUBJECTS, Scene
 from .flawed import KINDS, Example, any_kind, batch, example, softened
 from .loop import TrainingLoop
-from .pictures import as_floats, as_tensor
+from .pictures import as_floats, as_tensor, kept
 
 STEPS = 7000
 BATCH = 64
@@ -27,6 +27,7 @@ _POOL = 4096  # pictures at hand
 _FRESH = 24  # of them painted anew at each step
 _DECODED = 3000  # pictures that went through the autoencoder
 _SHARE_DECODED = 0.5
+_CALIBRATED = 1500  # pictures that the temperatures are chosen on
 _DISTURBED = 0.4  # the most noise in their latents, as a share of the latents' spread
 
 
@@ -76,12 +77,13 @@ def _errors(logits: Sequence[Tensor], answers: Sequence[Tensor]) -> tuple[Tensor
 
 def _decoded_examples(file: Path, vae: Path) -> tuple[Tensor, ...]:
     """Examples of all kinds through the autoencoder, kept in a file."""
-    if not file.is_file():
+
+    def examples() -> tuple[Tensor, ...]:
         rng = random.Random(_SEED - 1)
         pictures, *answers = batch([example(any_kind(rng), rng) for _ in range(_DECODED)], SUBJECT_NAMES, STYLE_NAMES)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((through(vae, pictures, _DISTURBED).half(), *answers), file)
-    return tuple(torch.load(file, weights_only=True))
+        return through(vae, pictures, _DISTURBED).half(), *answers
+
+    return kept(file, examples)
 
 
 @torch.no_grad()
@@ -105,7 +107,7 @@ def through(vae: Path, pictures: Tensor, disturbed: float = 0.0) -> Tensor:
 def _calibrate(judges: Judges) -> None:
     """Choose the temperatures on pictures that nothing was trained on."""
     rng = random.Random(_SEED - 2)
-    pictures, *answers = batch([example(any_kind(rng), rng) for _ in range(1500)], SUBJECT_NAMES, STYLE_NAMES)
+    pictures, *answers = batch([example(any_kind(rng), rng) for _ in range(_CALIBRATED)], SUBJECT_NAMES, STYLE_NAMES)
     judges.temperatures.fill_(1.0)
     logits = [torch.cat(parts) for parts in zip(*(judges(part) for part in softened(pictures, torch.Generator()).split(250)), strict=True)]
     candidates = torch.linspace(0.5, 2.5, 81)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..painter import CLASSES, JUNK, STYLES, Scene, paint
+
+Kept = TypeVar("Kept", Tensor, tuple[Tensor, ...])
 
 HELD_OUT_PAIRS = frozenset(
     {
@@ -57,4 +61,17 @@ def autoencoder_scene(rng: random.Random) -> Scene:
     return Scene(what, None if rng.random() < 0.5 else rng.choice(list(STYLES)))
 
 
-__all__ = ["HELD_OUT_PAIRS", "as_floats", "as_tensor", "autoencoder_scene", "base_scene"]
+def kept(path: Path, make: Callable[[], Kept]) -> Kept:
+    """What make() gives: made once and kept in the file, which is whole or not there."""
+    if path.is_file():
+        found: Kept = torch.load(path, weights_only=True)
+        return found
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    torch.save(made, unfinished)
+    unfinished.replace(path)
+    return made
+
+
+__all__ = ["HELD_OUT_PAIRS", "as_floats", "as_tensor", "autoencoder_scene", "base_scene", "kept"]

@@ -1,4 +1,4 @@
-"""A model on which the score can move: Stable Diffusion's parts at their smallest, made on the spot without a download."""
+"""Stable Diffusion's parts at their smallest, with random weights, and LoRAs for them: where the numbers matter and not the picture."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-
-from ..guidance.encoders import Encoders, ImageEncoder
-from ..guidance.weights import imported
-from ..lora import LoraFile, read_lora
-from .networks import ClassToken
 
 _TEXT_WIDTH = 24
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -88,44 +83,6 @@ def small_pipeline(prediction_type: str = "v_prediction", seed: int = 0) -> Any:
     return pipeline
 
 
-def small_loras(folder: Path, pipeline: Any) -> tuple[LoraFile, LoraFile]:
-    """A subject and a style LoRA for it, random, written into the folder."""
-    files = folder / "subject.safetensors", folder / "style.safetensors"
-    for file, rank, seed in zip(files, (8, 4), (1, 3)):
-        write_random_lora(file, pipeline, rank=rank, strength=0.7, seed=seed)
-    return read_lora(files[0]), read_lora(files[1])
-
-
-def small_encoders(seed: int = 0) -> Encoders:
-    """CLIP's and DINO's architectures in miniature, at 32 px, with random weights: they compare pictures, but by no human measure.
-
-    Same seed, same weights. Needs no network.
-    """
-    from transformers import ViTConfig, ViTModel
-
-    _build_vision_tower = imported("open_clip_torch", "open_clip.model")._build_vision_tower
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        clip = _build_vision_tower(32, {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}, False)
-        # As they are initialised, networks so shallow are nearly blind to what they are shown.
-        with torch.no_grad():
-            for name, weight in clip.named_parameters():
-                if any(part in name for part in ("in_proj_weight", "c_fc.weight", "c_proj.weight", "conv1")):
-                    weight.mul_(3)
-        config = ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            image_size=32,
-            patch_size=8,
-            initializer_range=0.2,
-        )
-        dino = ClassToken(ViTModel(config, add_pooling_layer=False))
-    ready = [ImageEncoder(network.eval().requires_grad_(False), 32, (0.5,) * 3, (0.5,) * 3) for network in (clip, dino)]
-    return Encoders(ready[0], ready[1], f"small and random, seed {seed}")
-
-
 def write_random_lora(path: Path, pipeline: Any, *, rank: int, strength: float, seed: int, text: bool = True) -> None:
     """A kohya-style LoRA file on all linear layers and residual convolutions of the U-Net and, if wanted, of the text encoder.
 
@@ -164,6 +121,3 @@ def _carries_lora(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
     return isinstance(module, nn.Conv2d) and name.rsplit(".", 1)[-1] in ("conv1", "conv2", "proj_in", "proj_out")
-
-
-__all__ = ["letter_tokenizer", "small_encoders", "small_loras", "small_pipeline", "write_random_lora"]
