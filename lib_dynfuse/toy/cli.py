@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,16 @@ def _add_train(commands: Any) -> None:
 
     train = commands.add_parser("train", help="make all weights from nothing: hours on two CPU cores, can be interrupted")
     train.add_argument("steps", nargs="*", type=_step, metavar="STEP", help=f"only these: {', '.join(STEPS)}")
-    train.add_argument("--work", type=Path, default=Path("out/toy-training"), help="checkpoints and records (default: out/toy-training)")
     train.add_argument("--weights", type=Path, default=WEIGHTS, help="where the weights are written (default: where they are shipped)")
+    train.add_argument(
+        "--work", type=Path, help="checkpoints and records (default: out/toy-training; with --weights DIR, DIR-training beside it)"
+    )
+    train.add_argument(
+        "--module-dropout",
+        type=_share,
+        metavar="P",
+        help="of the step loras: each layer of a LoRA stays out of a training step with this probability, 0.5 at most (docs/quality.md)",
+    )
     train.set_defaults(run=_train)
 
 
@@ -52,10 +61,27 @@ def _step(name: str) -> str:
     return name
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 0.5:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 0.5")
+    return value
+
+
 def _train(options: argparse.Namespace) -> int:
     from .training.steps import STEPS, train
 
-    return train(options.work, options.weights, options.steps or tuple(STEPS))
+    shipped = options.weights.resolve() == WEIGHTS.resolve()
+    if options.module_dropout and (shipped or options.steps != ["loras"]):
+        print(
+            "--module-dropout makes other LoRAs than the shipped ones: toy train loras --module-dropout 0.5 --weights DIR, with a copy of "
+            f"{WEIGHTS} in DIR.",
+            file=sys.stderr,
+        )
+        return 2
+    beside = options.weights.with_name(f"{options.weights.resolve().name}-training")
+    work = options.work or (Path("out/toy-training") if shipped else beside)
+    return train(work, options.weights, options.steps or tuple(STEPS), module_dropout=options.module_dropout or 0.0)
 
 
 def _check(options: argparse.Namespace) -> int:

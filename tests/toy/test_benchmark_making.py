@@ -145,6 +145,20 @@ def test_a_random_choice_uses_one_lora_in_each_layer_of_each_picture(weights):
     assert all(0.3 < np.mean(list(table.values())) < 0.7 for table in tables)
 
 
+def test_a_coin_between_a_lora_and_nothing_leaves_the_base_model_where_the_lora_lost(weights, studio):
+    outcome = made_of(studio, row_of("random style_weight=0", "tried"))
+    pipeline = model.load_pipeline(weights)
+    tensors, choice = load_file(weights / "loras" / f"{PAIR.subject}.safetensors"), random_choice(PAIR, SEEDS)
+    for name, module in pipeline.unet.named_modules():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        if f"{key}.lora_up.weight" in tensors and bool(choice(Site(name))[0]):
+            module.weight.data += tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
+    generator = torch.Generator().manual_seed(SEEDS[0])
+    image = pipeline(PAIR.prompt, num_inference_steps=STEPS, guidance_scale=5.0, generator=generator).images[0]
+    difference = np.abs(outcome.pictures[0].astype(int) - np.asarray(image))
+    assert difference.max() <= 1
+
+
 def test_a_random_choice_is_the_same_every_time_and_another_for_another_pair():
     site, seeds = Site("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), tuple(range(64))
     assert torch.equal(random_choice(PAIR, seeds)(site), random_choice(PAIR, seeds)(site))

@@ -61,6 +61,12 @@ def test_a_row_is_a_method_with_other_settings():
     assert row_of("guidance guidance=false", "tried").settings == FuseSettings(method="direct")
 
 
+def test_a_coin_may_decide_between_a_lora_and_nothing():
+    row = row_of("random style_weight=0", "tried")
+    assert row.loras == "random"
+    assert row.settings == FuseSettings(style_weight=0.0)
+
+
 @pytest.mark.parametrize("text", ["fusion", "selection bias", "selection bias=x", "selection criterion=l2", "selection colour=red"])
 def test_what_is_no_row_is_refused(text):
     with pytest.raises(RowError, match="is no row"):

@@ -117,3 +117,21 @@ def test_the_tokenizer_is_clips():
     """Numbers that anyone's copy of CLIP's tokenizer gives."""
     assert tokenizer()("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert {49406, 49407} <= set(known_tokens().tolist())
+
+
+def test_an_absent_branch_changes_nothing_and_as_many_are_absent_as_asked_for():
+    torch.manual_seed(0)
+    unet = new_unet().eval()
+    plain = copy.deepcopy(unet)
+    branches = loras.attach(unet, 2)
+    for branch in branches.values():
+        torch.nn.init.normal_(branch.up, std=0.1)
+    absent = []
+    for step in range(20):
+        loras._drop(branches, 0.25, random.Random(step))
+        absent.append([branch.absent for branch in branches.values()])
+    assert 0.2 < sum(map(sum, absent)) / (20 * len(branches)) < 0.3
+    assert absent[0] != absent[1]
+    for name, branch in branches.items():
+        changed = not torch.equal(unet.get_submodule(name).weight, plain.get_submodule(name).weight)
+        assert changed != branch.absent

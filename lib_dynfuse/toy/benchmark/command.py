@@ -20,7 +20,7 @@ import torch
 from ...bench.fusion import processor
 from ..model import WEIGHTS
 from .making import shipped_judge
-from .methods import METHODS, ROWS, SWEEP, RowError, chosen, row_of
+from .methods import METHODS, RANDOM, ROWS, SWEEP, RowError, chosen, row_of
 from .protocol import CFG_SCALE, PAIRS, REFERENCE_SEED, REPORTED, SEEDS, STEPS, TUNING, Pair
 from .run import made, processors
 from .statistics import RESAMPLES
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pictures", type=Path, metavar="DIR", help="write sheets of pictures and figures of the scores there")
     add("--only", action="append", metavar="ROW", help="only these rows, by name ('selection*') or group (floor, method, sweep, ceiling); "
         "may be repeated")  # fmt: skip
-    add("--try", action="append", dest="tried", metavar="'ROW SETTING=X ...'", help=f"a further row: {', '.join(METHODS)}, with "
+    add("--try", action="append", dest="tried", metavar="'ROW SETTING=X ...'", help=f"a further row: {', '.join([*METHODS, RANDOM])}, with "
         "settings ('selection bias=2 criterion=js'); may be repeated")  # fmt: skip
     add("--pairs", metavar="P", help=f"{', '.join(_SETS)}, or names with commas between ({PAIRS[0].name},{PAIRS[1].name}) (default: all)")
     add("--seeds", type=_positive, metavar="N", help=f"pictures of each pair (default: {len(SEEDS)})")

@@ -17,6 +17,8 @@ METHODS = {
     "both": FuseSettings(guidance=True),
 }
 """What a row's first word stands for."""
+RANDOM = "random"
+"""Another first word: a coin decides for each layer."""
 
 
 class RowError(ValueError):
@@ -47,17 +49,19 @@ class Row:
 
 
 def row_of(text: str, group: str) -> Row:
-    """The row that "selection bias=2 criterion=js" means: one of METHODS, with other settings. Raises RowError."""
+    """The row that "selection bias=2 criterion=js" means: one of METHODS or RANDOM, with other settings. Raises RowError."""
     method, *changes = text.split()
-    if method not in METHODS or not all("=" in change for change in changes):
-        raise RowError(f"{text!r} is no row: name {', '.join(METHODS)}, and settings as in 'selection bias=2 criterion=js'")
+    methods = {**METHODS, RANDOM: METHODS["selection"]}
+    if method not in methods or not all("=" in change for change in changes):
+        raise RowError(f"{text!r} is no row: name {', '.join(methods)}, and settings as in 'selection bias=2 criterion=js'")
     values = dict(change.split("=", 1) for change in changes)
     try:
         given = FuseSettings.from_text(values)
     except SettingsError as error:
         raise RowError(f"{text!r} is no row: {error}") from None
     changed = {name: getattr(given, name) for name in values}
-    return Row(" ".join([method, *changes]), group=group, settings=replace(METHODS[method], **changed))
+    loras = "random" if method == RANDOM else "pair"
+    return Row(" ".join([method, *changes]), loras, group, replace(methods[method], **changed))
 
 
 ROWS = (
@@ -111,4 +115,4 @@ def fits(row: Row, pattern: str) -> bool:
     return pattern == row.group or fnmatchcase(row.name, pattern)
 
 
-__all__ = ["METHODS", "ROWS", "SWEEP", "Row", "RowError", "chosen", "row_of"]
+__all__ = ["METHODS", "RANDOM", "ROWS", "SWEEP", "Row", "RowError", "chosen", "row_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,7 +98,9 @@ def pair_lessons() -> list[Lesson]:
 
 
 class LowRank(nn.Module):
-    """W -> W + up @ down: a LoRA whose alpha is its rank."""
+    """W -> W + up @ down: a LoRA whose alpha is its rank. absent: only W."""
+
+    absent = False
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -105,11 +108,17 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.up @ self.down
+        return weight if self.absent else weight + self.up @ self.down
 
 
-def train_lora(lesson: Lesson, work: Path, weights: Path, *, rank: int = RANK) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The LoRA in kohya's form, and what is worth recording."""
+def train_lora(
+    lesson: Lesson, work: Path, weights: Path, *, rank: int = RANK, module_dropout: float = 0.0
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The LoRA in kohya's form, and what is worth recording.
+
+    module_dropout: at each step each layer's branch is absent with this probability, so that none relies on all others (kohya's trainer
+    has it as module_dropout).
+    """
     recipe = lesson.recipe
     pipeline = load_pipeline(weights)
     unet, text = pipeline.unet.requires_grad_(False), pipeline.text_encoder
@@ -131,7 +140,8 @@ def train_lora(lesson: Lesson, work: Path, weights: Path, *, rank: int = RANK) -
         decay=1e-2,
     )
     noises = alphas()
-    for _ in loop:
+    for step in loop:
+        _drop(branches, module_dropout, random.Random(f"{_SEED} {lesson.name} {step}"))
         chosen = torch.randint(taught, (BATCH - recipe.prior,))
         if recipe.prior:
             chosen = torch.cat([chosen, torch.randint(taught, len(latents), (recipe.prior,))])
@@ -140,6 +150,12 @@ def train_lora(lesson: Lesson, work: Path, weights: Path, *, rank: int = RANK) -
         loop.descend(loss, error=error)
     loop.finish()
     return kohya(branches), {"steps": loop.step, "seconds": round(loop.seconds), "error": loop.figures["error"]}
+
+
+def _drop(branches: dict[str, LowRank], share: float, rng: random.Random) -> None:
+    if share:
+        for branch in branches.values():
+            branch.absent = rng.random() < share
 
 
 def _material(lesson: Lesson, vae: Any) -> tuple[Tensor, list[str]]:
@@ -192,12 +208,14 @@ def kohya(branches: dict[str, LowRank]) -> dict[str, Tensor]:
     return tensors
 
 
-def train_loras(work: Path, weights: Path, lessons: Sequence[Lesson] | None = None) -> dict[str, Any]:
-    """Writes loras/*.safetensors; needs the base model."""
+def train_loras(work: Path, weights: Path, *, module_dropout: float = 0.0) -> dict[str, Any]:
+    """Writes loras/*.safetensors; needs the base model. module_dropout: see train_lora."""
     records = {}
-    for lesson in single_lessons() if lessons is None else lessons:
-        tensors, records[lesson.name] = train_lora(lesson, work, weights)
+    for lesson in single_lessons():
+        tensors, records[lesson.name] = train_lora(lesson, work, weights, module_dropout=module_dropout)
         metadata = {"ss_network_dim": str(RANK), "ss_network_alpha": str(RANK), "ss_output_name": lesson.name}
+        if module_dropout:
+            metadata["ss_network_args"] = json.dumps({"module_dropout": str(module_dropout)})
         save_weights(tensors, weights / "loras" / f"{lesson.name}.safetensors", metadata)
     return records
 

@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .encoders import train_clip, train_dino
 from .judges import train_judges
 from .loras import train_loras, train_oracles
 
-Step = Callable[[Path, Path], Mapping[str, Any]]
+Step = Callable[..., Mapping[str, Any]]
 """(folder of unfinished work, folder of weights) -> what is worth recording."""
 
 STEPS: dict[str, Step] = {
@@ -33,11 +34,15 @@ STEPS: dict[str, Step] = {
 }
 
 
-def train(work: Path, weights: Path, names: Sequence[str] = tuple(STEPS)) -> int:
+def train(work: Path, weights: Path, names: Sequence[str] = tuple(STEPS), *, module_dropout: float = 0.0) -> int:
     """Run the steps that are not done, with progress on standard error. Returns the exit code.
 
-    work: checkpoints, pictures, and records.json with what each finished step took.
+    work: checkpoints, pictures, and records.json with what each finished step took. module_dropout: of the step "loras" (see
+    loras.train_lora).
     """
+    steps = dict(STEPS)
+    if module_dropout:
+        steps["loras"] = partial(STEPS["loras"], module_dropout=module_dropout)
     torch.set_flush_denormal(True)
     records_file = work / "records.json"
     records: dict[str, Any] = json.loads(records_file.read_text("utf-8")) if records_file.is_file() else {}
@@ -46,7 +51,7 @@ def train(work: Path, weights: Path, names: Sequence[str] = tuple(STEPS)) -> int
             print(f"{name} is done. To do it again, remove it from {records_file}.", file=sys.stderr)
             continue
         print(f"Step {number} of {len(names)}: {name}", file=sys.stderr)
-        records[name] = {**STEPS[name](work, weights), "on": _machine()}
+        records[name] = {**steps[name](work, weights), "on": _machine()}
         work.mkdir(parents=True, exist_ok=True)
         records_file.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
         write_checksums(weights)
