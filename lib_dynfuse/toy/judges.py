@@ -89,7 +89,7 @@ class Judges(nn.Module):
         super().__init__()
         self.of_subject = _WhereItLies((24, 40, 64), len(SUBJECT_NAMES))
         self.of_style = _Anywhere((16, 32, 56), len(STYLE_NAMES))
-        self.of_intactness = _WhereItLies((16, 32, 48), 1)
+        self.of_intactness = _WhereItLies((24, 48, 72), 1)
         # By which the answers are divided, so that what is said with 0.8 is true in 8 of 10 pictures.
         self.register_buffer("temperatures", torch.ones(3))
 

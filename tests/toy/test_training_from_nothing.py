@@ -21,7 +21,7 @@ from lib_dynfuse.toy.judges import load_judges
 from lib_dynfuse.toy.model import load_pipeline
 from lib_dynfuse.toy.oracles import read_oracle
 from lib_dynfuse.toy.shipped import WeightsError, verify
-from lib_dynfuse.toy.training import autoencoder, base, judges, loras, steps
+from lib_dynfuse.toy.training import autoencoder, base, intactness, judges, loras, steps
 
 ORACLE = "zib-candy"
 
@@ -39,6 +39,9 @@ def train(monkeypatch, tmp_path):
         (judges, "_POOL", 64),
         (judges, "_DECODED", 64),
         (judges, "_CALIBRATED", 64),
+        (intactness, "_PAINTED", 64),
+        (intactness, "_LATENTS", 8),
+        (intactness, "_CALIBRATED", 16),
         (loras, "_PRIOR_PICTURES", 16),
     ):
         monkeypatch.setattr(module, name, value)

@@ -16,7 +16,7 @@ from ..painter import Scene
 from .loop import TrainingLoop
 from .pictures import as_floats, as_tensor, base_scene, kept
 
-STEPS = 6000
+STEPS = 4400
 BATCH = 64
 PICTURES = 30_000
 RATE = 1.5e-3

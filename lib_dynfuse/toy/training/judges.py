@@ -1,10 +1,10 @@
-"""Training of the judges, and the figures that say how far they can be trusted."""
+"""Training of the judges of subject and style, and the figures that say how far all three can be trusted."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor
 from ..judges import STYLE_NAMES, SUBJECT_NAMES, Judges, Scores, load_judges
 from ..model import WEIGHTS, load_vae, save_network
 from ..painter import CLASSES, HELD_OUT_STYLES, JUNK, STYLES, SUBJECTS, Scene
+from .base import latents_of
 from .flawed import KINDS, Example, any_kind, batch, example, softened
+from .intactness import LATENT_FLAWS
 from .loop import TrainingLoop
-from .pictures import as_floats, as_tensor, kept
+from .pictures import as_bytes, as_floats, as_tensor, decoded, kept
 
 STEPS = 7000
 BATCH = 64
@@ -32,11 +34,14 @@ _DISTURBED = 0.4  # the most noise in their latents, as a share of the latents' 
 
 
 def train_judges(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any]:
-    """Writes judges.safetensors; with vae.safetensors there, a part of the pictures goes through it. Returns what is worth recording."""
+    """Writes judges.safetensors, in which intactness is left to its own training (intactness.py). Returns what is worth recording.
+
+    With vae.safetensors there, a part of the pictures goes through it.
+    """
     rng = random.Random(_SEED)
     pool = [example(any_kind(rng), rng) for _ in range(_POOL)]
     vae = weights / "vae.safetensors"
-    decoded = _decoded_examples(work / "judges-decoded.pt", vae) if vae.is_file() else None
+    through_vae = _decoded_examples(work / "judges-decoded.pt", vae) if vae.is_file() else None
 
     torch.manual_seed(_SEED)
     judges = Judges().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -48,31 +53,30 @@ def train_judges(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any
         for _ in range(_FRESH):
             pool[rng.randrange(_POOL)] = example(any_kind(rng), rng)
         chosen: tuple[Tensor, ...] = batch(rng.sample(pool, BATCH), SUBJECT_NAMES, STYLE_NAMES)
-        if decoded is not None:
-            seen = torch.randint(len(decoded[0]), (round(_SHARE_DECODED * BATCH),), generator=generator)
-            chosen = tuple(torch.cat([new[len(seen) :], old[seen]]) for new, old in zip(chosen, decoded, strict=True))
+        if through_vae is not None:
+            seen = torch.randint(len(through_vae[0]), (round(_SHARE_DECODED * BATCH),), generator=generator)
+            chosen = tuple(torch.cat([new[len(seen) :], old[seen]]) for new, old in zip(chosen, through_vae, strict=True))
         pictures, *answers = chosen
         pictures = softened(pictures.float(), generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             logits = judges(pictures)
-        subject, style, intact = _errors(tuple(each.float() for each in logits), answers)
-        loop.descend(subject + style + intact, subject=subject, style=style, intact=intact)
+        subject, style = _errors(tuple(each.float() for each in logits), answers)
+        loop.descend(subject + style, subject=subject, style=style)
     loop.finish()
     judges.to(memory_format=torch.contiguous_format)
     _calibrate(judges)
-    save_network(judges, weights / "judges.safetensors")
+    path = weights / "judges.safetensors"
+    if path.is_file():
+        earlier = load_judges(path)
+        judges.of_intactness.load_state_dict(earlier.of_intactness.state_dict())
+        judges.temperatures[2] = earlier.temperatures[2]
+    save_network(judges, path)
     return {"steps": loop.step, "seconds": round(loop.seconds), "batch": BATCH, "temperatures": judges.temperatures.tolist()}
 
 
-def _errors(logits: Sequence[Tensor], answers: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropies with the shares; intactness only where it is known."""
-    subjects, styles, intact = answers
-    known = ~intact.isnan()
-    return (
-        F.cross_entropy(logits[0], subjects.float()),
-        F.cross_entropy(logits[1], styles.float()),
-        F.binary_cross_entropy_with_logits(logits[2][known], intact[known].float()),
-    )
+def _errors(logits: Sequence[Tensor], answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross-entropies with the shares of subjects and of styles."""
+    return F.cross_entropy(logits[0], answers[0].float()), F.cross_entropy(logits[1], answers[1].float())
 
 
 def _decoded_examples(file: Path, vae: Path) -> tuple[Tensor, ...]:
@@ -95,12 +99,12 @@ def through(vae: Path, pictures: Tensor, disturbed: float = 0.0) -> Tensor:
     """
     network = load_vae(vae)
     generator = torch.Generator().manual_seed(_SEED)
-    decoded = []
+    parts = []
     for part in pictures.split(64):
         latent = network.encode(part).latent_dist.mode()
         strength = torch.rand(len(part), 1, 1, 1, generator=generator) * disturbed / network.config.scaling_factor
-        decoded.append(network.decode(latent + strength * torch.randn(latent.shape, generator=generator)).sample.clamp(-1, 1))
-    return torch.cat(decoded)
+        parts.append(network.decode(latent + strength * torch.randn(latent.shape, generator=generator)).sample.clamp(-1, 1))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -112,7 +116,7 @@ def _calibrate(judges: Judges) -> None:
     logits = [torch.cat(parts) for parts in zip(*(judges(part) for part in softened(pictures, torch.Generator()).split(250)), strict=True)]
     candidates = torch.linspace(0.5, 2.5, 81)
     errors = torch.tensor([[float(error) for error in _errors([each / t for each in logits], answers)] for t in candidates])
-    judges.temperatures.copy_(candidates[errors.argmin(0)])
+    judges.temperatures[:2] = candidates[errors.argmin(0)]
 
 
 def evaluate(judges: Judges, pictures: int = 200, seed: int = 9_001, vae: Path | None = None) -> dict[str, Any]:
@@ -120,8 +124,8 @@ def evaluate(judges: Judges, pictures: int = 200, seed: int = 9_001, vae: Path |
 
     pictures: of each subject or class, of each style, and of each kind of flaw. vae: let all pictures pass through that autoencoder.
     Result, shares of 1: "subjects" {name: named right}; "styles" {name: named right}; "near misses" {kind: taken for the subject, where
-    the difference shows}; "intact" {kind: {"intact" or "flawed", as it clearly is: called intact}}; "false subjects" {kind: taken for a
-    subject, where it is none}.
+    the difference shows}; "intact" {kind: {"intact" or "flawed", as it clearly is: called intact}}, with vae also for latents that went
+    wrong; "false subjects" {kind: taken for a subject, where it is none}.
     """
     rng = random.Random(seed)
 
@@ -148,7 +152,8 @@ def evaluate(judges: Judges, pictures: int = 200, seed: int = 9_001, vae: Path |
         scores = painted(Scene(rng.choice(things), style) for _ in range(pictures))
         named[STYLE_NAMES[number]] = _share(scores.style_probabilities.argmax(1) == number)
 
-    near_misses, intact, kinds = {}, {}, {}
+    near_misses, kinds = {}, {}
+    intact: dict[str, dict[str, float]] = {}
     is_subject = torch.tensor([name in SUBJECTS for name in SUBJECT_NAMES])
     for kind in KINDS:
         examples = [example(kind, rng) for _ in range(pictures)]
@@ -157,11 +162,23 @@ def evaluate(judges: Judges, pictures: int = 200, seed: int = 9_001, vae: Path |
         if kind in ("one part", "two parts", "three parts"):
             shows = shares[:, is_subject].sum(1) == 0
             near_misses[kind] = _share(scores.subject_probabilities[shows][:, is_subject].amax(1) > 0.5)
-        cases: dict[str, Callable[[Tensor], Tensor]] = {"intact": lambda x: x > 0.9, "flawed": lambda x: x < 0.1}
-        intact[kind] = {case: _share(scores.intact[which(whole)] > 0.5) for case, which in cases.items() if which(whole).sum() >= 10}
+        intact[kind] = _called_intact(scores.intact, whole)
         wrong = shares[:, is_subject].sum(1) < 0.1
         kinds[kind] = _share(scores.subject_probabilities[wrong][:, is_subject].amax(1) > 0.5)
+    if vae is not None:
+        network, generator = load_vae(vae), torch.Generator().manual_seed(seed)
+        good, *_ = batch([example("good", rng) for _ in range(pictures)], SUBJECT_NAMES, STYLE_NAMES)
+        latents = latents_of(as_bytes(good), network)
+        for kind, flaw in LATENT_FLAWS.items():
+            wrong, whole = flaw(latents, generator)
+            intact[f"latents {kind}"] = _called_intact(judges.scores(as_floats(decoded(network, wrong))).intact, whole)
     return {"subjects": subjects, "styles": named, "near misses": near_misses, "intact": intact, "false subjects": kinds}
+
+
+def _called_intact(scores: Tensor, whole: Tensor) -> dict[str, float]:
+    """How many of the pictures that are clearly intact, and of those that are clearly not, are called so."""
+    cases = {"intact": whole > 0.9, "flawed": whole < 0.1}
+    return {case: _share(scores[which] > 0.5) for case, which in cases.items() if which.sum() >= 10}
 
 
 def _share(answers: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,17 @@ def as_floats(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
+def as_bytes(pictures: Tensor) -> Tensor:
+    """[-1, 1] -> uint8."""
+    return (pictures.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """(B, *LATENT), scaled to unit variance -> (B, 3, 64, 64) uint8."""
+    return torch.cat([as_bytes(vae.decode(part / vae.config.scaling_factor).sample) for part in latents.split(64)])
+
+
 def base_scene(rng: random.Random) -> Scene:
     """What the base model sees: every class in every style but HELD_OUT_PAIRS, characters more often, and nameless styles."""
     while True:
@@ -74,4 +85,4 @@ def kept(path: Path, make: Callable[[], Kept]) -> Kept:
     return made
 
 
-__all__ = ["HELD_OUT_PAIRS", "as_floats", "as_tensor", "autoencoder_scene", "base_scene", "kept"]
+__all__ = ["HELD_OUT_PAIRS", "as_bytes", "as_floats", "as_tensor", "autoencoder_scene", "base_scene", "decoded", "kept"]
