@@ -15,7 +15,7 @@ from .pictures import SIDES, Show, make, steps_in_all
 from .sheet import enlarged, sheet
 
 PAIRS = (TUNING[0], TUNING[-1])
-"""A creature and a robot: two of the pairs on which settings were tried, not of those on which methods were compared."""
+"""A creature and a robot that come out better than most (the page says so); not of the pairs on which methods were compared."""
 SEEDS = tuple(range(6))
 
 

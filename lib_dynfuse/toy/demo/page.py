@@ -36,9 +36,9 @@ judges.</p>
 ordinary size, and the few pictures of this page are too few to say which method is better: that is measured over many pairs and seeds, in
 docs/quality.md of this project.</p>
 <p>The judges are networks of their own that took no part in making the pictures: no method sees them or is steered by them. A percentage
-is how sure they are, and they can be wrong. <em>Both</em> is the harmonic mean of subject and style, which is near 0 where either is.
-Nothing was picked: the pairs and the seeds were fixed before there was a model, and everybody who runs this demo gets about the same
-pictures.</p>
+is how sure they are, and they can be wrong, about <em>intact</em> most of all. <em>Both</em> is the harmonic mean of subject and style,
+which is near 0 where either is. The seeds are the first six. The two pairs were chosen from the sixteen of this world because they come out
+better than most; docs/quality.md shows others. Everybody who runs this demo gets about the same pictures.</p>
 """
 
 
