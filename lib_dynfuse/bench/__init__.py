@@ -1,4 +1,4 @@
-"""`python -m lib_dynfuse bench ...`: what fusion and guidance cost, as ratios taken in turns in one process, and whether guidance steers."""
+"""`python -m lib_dynfuse bench`: what fusion and guidance cost, as ratios taken in turns in one process, and whether guidance steers."""
 
 from __future__ import annotations
 
