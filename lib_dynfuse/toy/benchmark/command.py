@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lib_dynfuse toy bench",
         description="Which fusion is better, in the miniature world: pictures of 16 pairs of LoRAs, made by each method on the same noise, "
-        "and judged by networks that no method has seen. Settings are tried on 4 of the pairs, methods are compared on the 12 others.",
+        "and judged by networks that no method has seen. Settings are tried on 4 of the pairs, methods are compared on the 12 others. "
+        "All of it takes a quarter of an hour on two processors.",
         allow_abbrev=False,
     )
     add = parser.add_argument
