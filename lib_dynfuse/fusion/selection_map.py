@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..lora.naming import block_label
+from ..lora.families import block_label
 from .trace import Trace
 
 # Okabe and Ito's blue and orange: they stay apart in every kind of colour blindness, and in print without colour.
