@@ -571,5 +571,3 @@ def _in_range(name: str, value: float) -> float:
     return value
 
 
-register_method("dynfuse", "each layer uses the LoRA that changes its features more, chosen anew at every step")
-register_method("direct", "all LoRAs are added everywhere, as ordinary <lora:...> tags do")
