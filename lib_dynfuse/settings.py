@@ -569,5 +569,3 @@ def _in_range(name: str, value: float) -> float:
     if metadata["maximum"] is not None and value > metadata["maximum"]:
         raise SettingsError(f"{name} must be at most {format_value(metadata['maximum'])}, not {format_value(value)}")
     return value
-
-
