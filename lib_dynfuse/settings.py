@@ -126,14 +126,14 @@ class FuseSettings:
 
     subject: str = setting(
         "",
-        "Subject LoRA",
-        "The LoRA of the character, creature or thing to show; several can be picked. In a tag they are joined by +: dog+hat.",
+        "Subject LoRAs",
+        "The LoRA of the character, creature or thing to show. Pick another to add it; in a tag several are joined by +: dog+hat.",
         canonical=_names,
     )
     style: str = setting(
         "",
-        "Style LoRA",
-        "The LoRA of the way it is drawn; several can be picked. In a tag they are joined by +: watercolor+ink.",
+        "Style LoRAs",
+        "The LoRA of the way it is drawn. Pick another to add it; in a tag several are joined by +: watercolor+ink.",
         canonical=_names,
     )
     subject_weight: float | str = setting(
