@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lib_dynfuse import FuseSettings, SettingsError, cli
-from lib_dynfuse.settings import field_metadata, field_types, format_value
+from lib_dynfuse.settings import METHODS, field_metadata, field_types, format_value
 from lib_dynfuse.text import infotext
 from tests.text.host_infotext import parse_infotext_line
 
@@ -43,9 +43,21 @@ def settings_of(*options):
 
 
 def another_value(name):
+    if name in TEXTS:
+        return TEXTS[name]
     if choices := field_metadata(name)["choices"]:
         return choices[-1]
     return {bool: True, int: 3, float: 0.25, str: "a small dog"}[field_types()[name]]
+
+
+# In their shortest form, as the settings keep them.
+TEXTS = {
+    "subject_weight": "-0.5@0,1@5",
+    "style_weight": "1+0.5",
+    "hr": "0.7/1",
+    "subject_blocks": "in4-in8=0.5,out3=0",
+    "style_blocks": "1,0,0,0,0,0,0,0,0,0,0,1",
+}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +88,23 @@ def test_weights_are_the_subjects_and_the_styles():
     assert settings_of("--weights", "0.9", "-1") == FuseSettings(subject_weight=0.9, style_weight=-1.0)
 
 
+def test_weights_may_be_points_over_the_steps_or_one_each():
+    assert settings_of("--weights", "-1@0,1@0.5", "1+0.5") == FuseSettings(subject_weight="-1@0,1@0.5", style_weight="1+0.5")
+
+
+def test_a_method_that_is_registered_later_is_an_option(capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "halves", "each LoRA at half its weight")
+    assert settings_of("--method", "halves").method == "halves"
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    assert "halves: each LoRA at half its weight." in " ".join(capsys.readouterr().out.split())
+
+
+def test_several_files_may_be_given_on_each_side():
+    options = cli._parser().parse_args(["generate", "--model", "m", "--prompt", "p", "--out", "o", "--style", "c", "--subject", "a", "b"])
+    assert (options.subject, options.style) == ([Path("a"), Path("b")], [Path("c")])
+
+
 def test_the_help_explains_every_setting_and_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", "--help"])
@@ -96,6 +125,11 @@ def test_the_help_explains_every_setting_and_command(capsys):
         (["--criterion", "mse"], ["--criterion", "kl, js, cosine, dot", "'mse'"]),
         (["--bias", "-1"], ["--bias", "at least 0"]),
         (["--weights", "1", "much"], ["--weights", "number", "'much'"]),
+        (["--weights", "1@2.5,0@0", "1"], ["--weights", "whole number of a step"]),
+        (["--style-blocks", "1,2,3"], ["--style-blocks", "12, 17, 20 or 26 numbers", "not 3"]),
+        (["--hr", "1/1/1"], ["--hr", "SUBJECT/STYLE"]),
+        (["--decide", "later"], ["--decide", "next, now"]),
+        (["--vote-tokens", "-1"], ["--vote-tokens", "at least 0"]),
         (["--te-weight", "nan"], ["--te-weight", "finite"]),
         (["--size", "big"], ["--size", "768x512"]),
         (["--size", "513x512"], ["--size", "multiples of 8"]),
@@ -135,6 +169,21 @@ def test_loras_of_different_base_models_are_refused_before_the_model_is_loaded(c
         save_file(tensors, tmp_path / f"{name}.safetensors")
     sentence = refused(capsys, *generate(subject=tmp_path / "sd.safetensors", style=tmp_path / "sdxl.safetensors"))
     assert "SDXL" in sentence
+
+
+def write_lora(path, layer="input_blocks_1_1"):
+    key = f"lora_unet_{layer}_transformer_blocks_0_attn2_to_k"
+    save_file({f"{key}.lora_down.weight": torch.ones(4, 768), f"{key}.lora_up.weight": torch.ones(320, 4)}, path)
+    return str(path)
+
+
+def test_a_file_given_twice_and_weights_for_other_numbers_of_files_are_refused_before_the_model_is_loaded(capsys, tmp_path):
+    dog, hat, ink = (write_lora(tmp_path / f"{name}.safetensors") for name in ("dog", "hat", "ink"))
+    base = ["generate", "--model", "nowhere", "--prompt", "p", "--out", str(tmp_path / "out")]
+    assert "dog.safetensors is given twice" in refused(capsys, *base, "--subject", dog, hat, "--style", dog)
+    sentence = refused(capsys, *base, "--subject", dog, hat, "--style", ink, "--weights", "1+1+1", "1")
+    assert sentence == "Subject_weight has 3 parts for 2 LoRAs; give one for all of them, or one each with + between.\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect_prints_a_report_and_refuses_in_a_sentence(capsys, tmp_path):

@@ -4,8 +4,7 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from lib_dynfuse import settings
-from lib_dynfuse.settings import LORA_FIELDS, FuseSettings, field_metadata, field_types
+from lib_dynfuse.settings import LORA_FIELDS, METHODS, FuseSettings, field_metadata, field_types
 from lib_dynfuse.text import infotext
 from lib_dynfuse.webui import panel
 from lib_dynfuse.webui.arguments import read_arguments
@@ -64,7 +63,7 @@ def test_controls_offer_what_the_settings_permit(built):
 
 
 def test_a_method_that_is_registered_later_can_be_picked(webui, host, monkeypatch):
-    monkeypatch.setitem(settings.METHODS, "halves", "each LoRA at half its weight")
+    monkeypatch.setitem(METHODS, "halves", "each LoRA at half its weight")
     with gr.Blocks():
         control = panel.build("txt2img", host).fields["method"]
     assert "halves" in [choice[0] if isinstance(choice, tuple) else choice for choice in control.choices]
