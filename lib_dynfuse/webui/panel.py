@@ -37,8 +37,8 @@ ADVANCED_ROWS = (
     ("granularity", "scope", "one_sided"),
     ("temperature", "balance"),
     ("decide", "decide_every", "vote_tokens"),
-    ("subject_weight_text", "style_weight_text", "hr"),
-    ("subject_blocks", "style_blocks"),
+    ("subject_weight_text", "style_weight_text"),
+    ("hr", "subject_blocks", "style_blocks"),
 )
 GUIDANCE_ROWS = (
     ("guidance", "m"),
@@ -271,7 +271,7 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     elif metadata["choices"]:
         control = gr.Dropdown(choices=list(metadata["choices"]), **common)
     elif name in PLACEHOLDERS:
-        control = gr.Textbox(lines=1, max_lines=1, placeholder=PLACEHOLDERS[name], **common)
+        control = gr.Textbox(max_lines=1, placeholder=PLACEHOLDERS[name], elem_classes=["dynfuse-written"], **common)
     elif field_types()[name] is str:
         control = gr.Textbox(lines=2, placeholder=PROMPT_PLACEHOLDER, **common)
     elif metadata["slider"] is None:
@@ -286,7 +286,8 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
 
 def _weight_text(name: str, element: str) -> Any:
     label = f"{field_metadata(WEIGHT_TEXTS[name])['label']} over the steps"
-    control = gr.Textbox(label=label, value="", elem_id=element, lines=1, max_lines=1, placeholder=SCHEDULE_EXAMPLE)
+    look = {"max_lines": 1, "placeholder": SCHEDULE_EXAMPLE, "elem_classes": ["dynfuse-written"]}
+    control = gr.Textbox(label=label, value="", elem_id=element, **look)
     control.webui_tooltip = WEIGHT_TEXT_TOOLTIP
     return control
 
