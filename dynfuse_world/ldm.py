@@ -1,6 +1,6 @@
 """The miniature world's weights as one Stable Diffusion 1.x checkpoint in the layout of LDM, which is what WebUIs read.
 
-The U-Net's names are LoRA names too, so lora.naming knows them; the autoencoder's are here. Its group norms have 8 groups, and LDM's code
+The U-Net's names are LoRA names too, so lora.families knows them; the autoencoder's are here. Its group norms have 8 groups, and LDM's code
 has 32 written into it: every channel count is multiplied by four with zeros, which makes the 8 groups the first of 32 and
 leaves the outputs as they are. (That is no way for the U-Net, whose layer norms would take their mean over the zeros.)
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lib_dynfuse.lora.naming import _diffusers_to_ldm as unet_names
+from lib_dynfuse.lora.families.unet import diffusers_to_ldm
 
 from .model import HEADS, LATENT, TEXT_WIDTH, UNET_CHANNELS, VAE_CHANNELS, VAE_GROUPS
 
@@ -40,7 +40,7 @@ _VAE_RENAMINGS = (
 
 def checkpoint(unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], text_encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a single file, from those of diffusers' U-Net and autoencoder and of transformers' CLIPTextModel."""
-    layers = unet_names([name.rpartition(".")[0] for name in unet])
+    layers = diffusers_to_ldm([name.rpartition(".")[0] for name in unet])
     parts = {
         "model.diffusion_model": {f"{layers[layer]}.{kind}": tensor for (layer, _, kind), tensor in _split(unet)},
         "first_stage_model": {_vae_name(name): _padded(name, tensor) for name, tensor in vae.items()},
