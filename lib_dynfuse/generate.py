@@ -114,7 +114,7 @@ def run(request: Request) -> int:
                 image.save(path, pnginfo=information)
                 with tqdm.external_write_mode():
                     print(path)
-                _save_beside(path, made, position, (_together(subjects), _together(styles)), with_references=seed == first)
+                _save_beside(path, made, position, with_references=seed == first)
     for note in notes:
         print(f"Note: {note}", file=sys.stderr)
     return 0
@@ -133,10 +133,6 @@ def _named(settings: FuseSettings, subjects: Sequence[LoraFile], styles: Sequenc
         raise SettingsError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
 
 
-def _together(files: Sequence[LoraFile]) -> str:
-    return " + ".join(file.name for file in files)
-
-
 def _encoders(request: Request) -> EncoderSources | Encoders:
     """The encoders, before the model is loaded: what is missing is said, or downloaded, at once. Raises EncoderError."""
     settings = request.settings
@@ -151,14 +147,14 @@ def _encoders(request: Request) -> EncoderSources | Encoders:
     return request.encoders
 
 
-def _save_beside(path: Path, made: FusedImages, image: int, names: tuple[str, str], *, with_references: bool) -> None:
+def _save_beside(path: Path, made: FusedImages, image: int, *, with_references: bool) -> None:
     """The selection map, the curve of the similarities and the references, under the image's name."""
 
     def beside(what: str) -> Path:
         return path.with_name(f"{path.stem}-dynfuse{what}.png")
 
     if made.trace.decided.any():
-        selection_map.draw(made.trace.of_image(image), *names).save(beside(""))
+        selection_map.draw(made.trace.of_image(image)).save(beside(""))
     if made.guidance is not None and made.guidance.steps:
         curve.draw(replace(made.guidance, similarities=made.guidance.similarities[:, :, image : image + 1])).save(beside("-curve"))
     for reference in made.references if with_references else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -296,14 +297,25 @@ def test_the_same_seed_gives_the_same_picture_alone_or_in_a_batch_and_nothing_is
     assert len(list(tmp_path.glob("*.png"))) == 6
 
 
-def test_direct_has_no_choices_and_so_no_map(tiny, tmp_path):
+def test_every_method_has_a_map(tiny, tmp_path):
     assert run(tiny, tmp_path, method="direct") == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["00001-7.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00001-7-dynfuse.png", "00001-7.png"]
+
+
+def test_several_files_on_a_side_are_fused_and_named_in_the_infotext(tiny, tmp_path):
+    shutil.copy(tiny / "watercolor.safetensors", tmp_path / "c++.safetensors")
+    arguments = generate(tiny / "model", tiny / "dog, big.safetensors", tiny / "watercolor.safetensors", tmp_path / "out")
+    at = arguments.index("--prompt")
+    options = ["--size", "64x64", "--steps", "2", "--seed", "7", "--device", "cpu", "--style-weight", "0.5+0@0,1@1"]
+    assert cli.main([str(item) for item in (*arguments[:at], tmp_path / "c++.safetensors", *arguments[at:], *options)]) == 0
+    settings = infotext.read_settings(entries_of(tmp_path / "out" / "00001-7.png"))
+    assert (settings.subjects, settings.styles) == (("dog, big",), ("watercolor", "c++"))
+    assert settings.style_weight == "0.5+0@0,1@1"
 
 
 def test_a_random_seed_is_written_into_the_image(tiny, tmp_path):
     run(tiny, tmp_path, seed=-1, method="direct")
-    (path,) = tmp_path.iterdir()
+    (path,) = (path for path in tmp_path.iterdir() if not path.stem.endswith("-dynfuse"))
     assert f"Seed: {path.stem.removeprefix('00001-')}," in Image.open(path).text["parameters"]
 
 
