@@ -24,7 +24,7 @@ from .guidance.weights import EncoderError, EncoderSources
 from .home import encoders_folder, references_folder
 from .lora import LoraFile, compatible, read_lora
 from .settings import FuseSettings
-from .webui import infotext
+from .text import infotext
 
 if TYPE_CHECKING:  # imports diffusers, which is not everywhere
     from .hosts.diffusers import FusedImages

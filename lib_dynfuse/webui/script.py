@@ -17,7 +17,8 @@ from modules.infotext_utils import PasteField
 from ..guidance.guide import wants_guidance
 from ..hosts.base import detect
 from ..settings import FuseSettings, SettingsError
-from . import infotext, options, panel, results, tag
+from ..text import infotext, tag
+from . import options, panel, results
 from .arguments import read_arguments
 
 EXTRA_NETWORK = "dynfuse"
@@ -57,12 +58,12 @@ class DynFuseScript(scripts.Script):
             del p.extra_generation_params[key]
         prompts = [*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or [])]
         tags = [items for prompt in prompts for items in tag.find_tags(prompt)]
-        names = [name for settings in _readable(tags) for name in (settings.subject, settings.style)]
+        names = [name for settings in _readable(tags) for name in settings.subjects + settings.styles]
         settings = _settings_or_none(arguments)
         # A tag in a prompt goes before the panel, whose settings then made no image.
         if settings is not None and not all(tag.find_tags(prompt) for prompt in prompts):
             p.extra_generation_params.update(infotext.settings_fields(_repeatable(settings, p.all_seeds)))
-            names += [settings.subject, settings.style]
+            names += settings.subjects + settings.styles
         p.extra_generation_params.update(infotext.hash_field(names, detect().lora_hash))
         if p.disable_extra_networks and (settings is not None or tags):
             note = "extra networks are disabled for this job, so the LoRAs were not fused"

@@ -451,7 +451,7 @@ def tensors_alive():
 
 class TestInstalling:
     def test_installing_twice_wraps_once(self, webui):
-        from lib_dynfuse.webui.tag import parse_tags
+        from lib_dynfuse.text.tag import parse_tags
 
         denoiser = webui.modules["modules.sd_samplers_cfg_denoiser"].CFGDenoiser
         once = denoiser.forward
@@ -466,7 +466,7 @@ class TestInstalling:
         assert "wrapper" not in webui.modules["modules.sd_samplers_cfg_denoiser"].CFGDenoiser.forward.__qualname__
 
     def test_a_wrapper_that_somebody_wrapped_sleeps_and_wakes(self, webui, plain):
-        from lib_dynfuse.webui.tag import parse_tags
+        from lib_dynfuse.text.tag import parse_tags
 
         ours = webui.networks.load_networks
         webui.networks.load_networks = lambda *args, **kwargs: ours(*args, **kwargs)

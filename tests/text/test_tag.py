@@ -1,7 +1,7 @@
 import pytest
 
 from lib_dynfuse.settings import FuseSettings, SettingsError
-from lib_dynfuse.webui import tag
+from lib_dynfuse.text import tag
 
 
 def read(prompt):

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..settings import FuseSettings, SettingsError, field_types, format_value, parse_value
+from ..settings import LORA_FIELDS, FuseSettings, SettingsError, field_types, join_names, split_names
 from . import tag
 
 ENABLED = "DynFuse"
 HASHES = "DynFuse LoRA hashes"
 NOTE = "DynFuse note"
-
-LORA_FIELDS = ("subject", "style")
 
 
 def field_key(name: str) -> str:
@@ -28,7 +26,7 @@ def settings_fields(settings: FuseSettings) -> dict[str, str]:
     """The infotext's entries that restore the panel."""
     return {
         ENABLED: "True",
-        **{field_key(name): tag.escape(format_value(value)) for name, value in settings.non_default().items()},
+        **{field_key(name): tag.format_field(name, value) for name, value in settings.non_default().items()},
     }
 
 
@@ -62,8 +60,7 @@ def read_value(entries: Mapping[str, Any], name: str) -> Any:
         text = f"{entries[f'{key}-1']}x{entries[f'{key}-2']}"
     if text is None:
         return getattr(FuseSettings(), name)
-    value = tag.unescape(str(text).strip()) if field_types()[name] is str else parse_value(name, str(text))
-    return getattr(FuseSettings.from_mapping({name: value}), name)
+    return getattr(FuseSettings.from_mapping({name: tag.parse_field(name, str(text))}), name)
 
 
 def read_settings(entries: Mapping[str, Any], rename: Callable[[str, str | None], str] | None = None) -> FuseSettings | None:
@@ -76,7 +73,7 @@ def read_settings(entries: Mapping[str, Any], rename: Callable[[str, str | None]
     values = {name: read_value(entries, name) for name in field_types()}
     if rename is not None:
         hashes = read_hashes(entries)
-        values.update({name: rename(values[name], hashes.get(values[name])) for name in LORA_FIELDS})
+        values.update({name: renamed_names(values[name], hashes, rename) for name in LORA_FIELDS})
     return FuseSettings(**values)
 
 
@@ -91,6 +88,11 @@ def known_name(is_known: Callable[[str], bool], name_by_hash: Callable[[str], st
     return rename
 
 
+def renamed_names(text: str, hashes: Mapping[str, str], rename: Callable[[str, str | None], str]) -> str:
+    """A side's text with the names that its LoRAs have here. hashes: by the names it has."""
+    return join_names(rename(name, hashes.get(name)) for name in split_names(text))
+
+
 def renamed_tags(prompt: str, hashes: Mapping[str, str], rename: Callable[[str, str | None], str]) -> str:
     """A pasted prompt in which the LoRAs of DynFuse tags have the names they have here. A tag that cannot be read stays."""
 
@@ -99,7 +101,7 @@ def renamed_tags(prompt: str, hashes: Mapping[str, str], rename: Callable[[str, 
             settings = tag.parse_tag(items)
         except SettingsError:
             return None
-        names = {name: rename(getattr(settings, name), hashes.get(getattr(settings, name))) for name in LORA_FIELDS}
+        names = {name: renamed_names(getattr(settings, name), hashes, rename) for name in LORA_FIELDS}
         if all(getattr(settings, name) == value for name, value in names.items()):
             return None
         return tag.format_tag(FuseSettings(**{**settings.non_default(), **names}))

@@ -1,6 +1,6 @@
 from lib_dynfuse.settings import FuseSettings
-from lib_dynfuse.webui import infotext
-from tests.webui.host_infotext import create_infotext_line, parse_infotext_line
+from lib_dynfuse.text import infotext
+from tests.text.host_infotext import create_infotext_line, parse_infotext_line
 
 PAIR = {"subject": "dog", "style": "watercolor"}
 

@@ -1,10 +1,10 @@
 """The prompt tag: `<dynfuse:SUBJECT:STYLE[:subject weight[:style weight]][:key=value...]>`.
 
 Pure text: nothing here knows a WebUI. A host cuts the tag out of the prompt and splits its inside at ":"; parse_tag
-takes those items.
+takes those items. SUBJECT and STYLE may each be several LoRAs, joined by "+".
 
 A LoRA's name may hold characters that mean something in a tag or in a prompt. They are written as in a web address:
-"%3A" for ":", "%3E" for ">", "%3D" for "=" and so on (RESERVED); format_tag does so, and any other "%" stands for itself.
+"%3A" for ":", "%3E" for ">", "%2B" for "+" and so on (RESERVED); format_tag does so, and any other "%" stands for itself.
 """
 
 from __future__ import annotations
@@ -13,45 +13,65 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..settings import FuseSettings, SettingsError, field_types, format_value, parse_value
+from .. import escaping
+from ..settings import (
+    LORA_FIELDS,
+    FuseSettings,
+    SettingsError,
+    field_metadata,
+    field_types,
+    format_value,
+    join_names,
+    parse_value,
+    split_names,
+)
 
 POSITIONAL = ("subject", "style", "subject_weight", "style_weight")
 SYNTAX = "<dynfuse:SUBJECT:STYLE>"
 
-# ":" "<" ">" "=" are the tag's own; "," and '"' are the infotext's; "#" starts a comment in A1111's prompts
+# ":" "<" ">" "=" "+" are the tag's own; "," and '"' are the infotext's; "#" starts a comment in A1111's prompts
 # (modules/processing_scripts/comments.py); a line break ends the infotext's prompt; white space at the ends is cut off.
-RESERVED = '%:<>=,"#\n\r\t\v\f'
+RESERVED = ':<>=+,"#\n\r\t\v\f'
 
 _ERROR_KEY = "error"
 _ERROR_START = f"<dynfuse:{_ERROR_KEY}="
 # Cut as the host cuts (modules/extra_networks.py, re_extra_net): "<lora:dog<dynfuse:a:b>" is one tag, and not ours.
 _TAG = re.compile(r"<(\w+):([^>]+)>")
-_ESCAPED = re.compile("|".join(f"%{ord(character):02X}" for character in RESERVED), re.IGNORECASE)
-_OUTER_SPACES = re.compile(r"^ +| +$")
-_ESCAPED_OUTER_SPACES = re.compile(r"^(?:%20)+|(?:%20)+$")
 
 
 def escape(text: str) -> str:
     """text with the reserved characters, and spaces at its ends, written as %XX."""
-    escaped = "".join(f"%{ord(character):02X}" if character in RESERVED else character for character in text)
-    return _OUTER_SPACES.sub(lambda spaces: "%20" * len(spaces[0]), escaped)
+    return escaping.escape(text, RESERVED)
 
 
 def unescape(text: str) -> str:
     """The inverse of escape. %XX of a character that needs no escaping is left alone: "my%20lora" is a file's name."""
-    spaced = _ESCAPED_OUTER_SPACES.sub(lambda codes: " " * (len(codes[0]) // 3), text)
-    return _ESCAPED.sub(lambda code: chr(int(code[0][1:], 16)), spaced)
+    return escaping.unescape(text, RESERVED)
+
+
+def format_field(name: str, value: Any) -> str:
+    """The text of a field's value in a tag or an infotext, which parse_field reads back."""
+    if name in LORA_FIELDS:
+        return "+".join(map(escape, split_names(value)))
+    text = format_value(value)
+    # What has a grammar holds no reserved character but "," "+" and "=", behind the key: it stays as people write it.
+    return text if field_metadata(name)["canonical"] else escape(text)
+
+
+def parse_field(name: str, text: str) -> Any:
+    """The value of a field of FuseSettings that format_field wrote, or a user. Raises SettingsError."""
+    if name in LORA_FIELDS:
+        return join_names(unescape(part.strip()) for part in text.split("+"))
+    # Text is taken here, not by parse_value: that would cut off the spaces that belong to it.
+    return unescape(text.strip()) if field_types()[name] is str else parse_value(name, text)
 
 
 def format_tag(settings: FuseSettings) -> str:
     """The shortest tag that parse_tag reads back as these settings."""
     changed = settings.non_default()
-    items = [escape(settings.subject), escape(settings.style)]
-    if "subject_weight" in changed or "style_weight" in changed:
-        items.append(format_value(settings.subject_weight))
-    if "style_weight" in changed:
-        items.append(format_value(settings.style_weight))
-    items += [f"{name}={escape(format_value(value))}" for name, value in changed.items() if name not in POSITIONAL]
+    last = max((index for index, name in enumerate(POSITIONAL) if name in changed), default=1)
+    items = [format_field(name, getattr(settings, name)) for name in POSITIONAL[: max(last, 1) + 1]]
+    items += [f"{name}={format_field(name, value)}" for name, value in changed.items() if name not in POSITIONAL]
     return f"<dynfuse:{':'.join(items)}>"
 
 
@@ -123,23 +143,22 @@ def parse_tags(tags: Sequence[Sequence[str]]) -> FuseSettings | None:
         if items[0].startswith(f"{_ERROR_KEY}="):
             return parse_tag(items)
     if len(tags) > 1:
-        raise SettingsError("the prompt has more than one <dynfuse:...> tag; one image is fused from one pair of LoRAs")
+        raise SettingsError("the prompt has more than one <dynfuse:...> tag; several LoRAs of a side are joined by + in one")
     return parse_tag(tags[0])
 
 
 def check_pair(settings: FuseSettings) -> None:
-    """Raises SettingsError unless the settings name two different LoRAs."""
+    """Raises SettingsError unless both sides name a LoRA, and none is named twice."""
     missing = [name for name in ("subject", "style") if not getattr(settings, name)]
     if missing:
         raise SettingsError(
             f"no {' and no '.join(missing)} LoRA is chosen; pick one in the DynFuse panel, or write {SYNTAX} with the names of both"
         )
-    if settings.subject == settings.style:
-        raise SettingsError(f"subject and style are the same LoRA, {settings.subject!r}; pick two different ones")
+    names = settings.subjects + settings.styles
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(f"the same LoRA, {name!r}, is named twice; pick different ones")
 
 
 def _parse(key: str, text: str) -> Any:
-    # Text is taken here, not by parse_value: that would cut off the spaces that belong to a name.
-    if field_types().get(key) is not str and key in field_types():
-        return parse_value(key, text)
-    return unescape(text)
+    return parse_field(key, text) if key in field_types() else unescape(text)
