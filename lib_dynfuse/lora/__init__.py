@@ -1,5 +1,6 @@
 """LoRA files: read in every dialect and kind, and matched to a model's layers."""
 
+from .blocks import Blocks, block_factors
 from .branch import Branch, LoraError, LowRank, NormShift, bound, merged
 from .families import block_label, denoiser_aliases, is_attention, layer_label
 from .matching import SiteBranch, branches_by_site, compatible, norms_by_layer
@@ -8,6 +9,7 @@ from .reader import LoraFile, read_lora
 
 __all__ = [
     "Alias",
+    "Blocks",
     "Branch",
     "LoraError",
     "LoraFile",
@@ -16,6 +18,7 @@ __all__ = [
     "Part",
     "Site",
     "SiteBranch",
+    "block_factors",
     "block_label",
     "bound",
     "branches_by_site",

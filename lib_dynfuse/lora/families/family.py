@@ -52,6 +52,8 @@ class Family(ABC):
     variable_inputs: dotted names of layers whose input widths differ between variants of one base model (inpainting, control).
     encoders: its text encoders, under "te1" (CLIP-L, or the only CLIP), "te2" (CLIP-G), "t5".
     labels: beginning of a dotted layer name -> label of its block.
+    flow: the kinds of its blocks in the order in which data meets them; blocks of one kind are numbered in that order.
+    forms, presets, block_synonyms, text_blocks: see Blocks; the names are those of the published model's blocks.
     """
 
     name: str
@@ -63,6 +65,11 @@ class Family(ABC):
     variable_inputs: frozenset[str]
     encoders: Mapping[str, Encoder]
     labels: tuple[tuple[re.Pattern[str], str], ...]
+    flow: tuple[str, ...]
+    forms: Mapping[int, tuple[str, ...]]
+    presets: Mapping[str, tuple[str, ...]]
+    block_synonyms: Mapping[str, str]
+    text_blocks: tuple[str, ...]
 
     @abstractmethod
     def layers(self) -> Iterator[tuple[str, Shape]]:
@@ -84,6 +91,13 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def blocks(self, names: Sequence[str]) -> dict[str, str] | None:
+        """Layer -> its block as the authors' scheme numbers it ("in4", "mid", "double0"), whichever scheme names the layers.
+
+        names: the model's dotted layer names; None if they are not in a scheme of this family. Layers outside of all blocks are left out.
+        """
+
+    @abstractmethod
     def is_attention(self, site: Site) -> bool:
         """Whether the site is a query, key, value or output projection of an attention, in any scheme of the family."""
 
@@ -97,6 +111,11 @@ class Family(ABC):
             if found := pattern.match(site.layer):
                 return label.format(*found.groups())
         return None
+
+    def place(self, block: str) -> tuple[int, int]:
+        """Sorts blocks into the order in which data meets them."""
+        kind = block.rstrip("0123456789")
+        return self.flow.index(kind), int(block[len(kind) :] or 0)
 
 
 def either(paths: Iterable[str]) -> str:

@@ -76,6 +76,13 @@ _LAYOUTS = {
 }
 _ENCODERS = {"te1": CLIP_L, "t5": T5}
 
+# sd-webui-lora-block-weight's 61 numbers: CLIP, T5, IN, D00 to D18, S00 to S37, OUT.
+_FORMS = {
+    61: ("base", "t5", "embed-first", *(f"double{n}" for n in range(19)), *(f"single{n}" for n in range(38)), "last"),
+}
+_PRESETS = {"DOUBLE": ("base", "t5", "double0-double18"), "SINGLE": ("base", "t5", "single0-single37")}
+_SYNONYMS = {"clip": "base", "d": "double", "s": "single"}
+
 
 @dataclass(frozen=True, eq=False)
 class Flux(Family):
@@ -100,6 +107,11 @@ class Flux(Family):
         (re.compile(r"(?:img_in|txt_in|x_embedder|context_embedder)(?:\.|$)"), "first"),
         (re.compile(r"(?:final_layer|norm_out|proj_out)(?:\.|$)"), "last"),
     )
+    flow = ("embed", "first", "double", "single", "last")
+    forms = _FORMS
+    presets = _PRESETS
+    block_synonyms = _SYNONYMS
+    text_blocks = ("t5",)
 
     def layers(self) -> Iterator[tuple[str, Shape]]:
         """As of FLUX.1 [dev], the guidance embedding included; heads of 128."""
@@ -136,12 +148,14 @@ class Flux(Family):
         return 0 if _SD3_WIDTHS.intersection(evidence.input_widths(("attn_to_q", "attn_to_k", "attn_to_v"))) else 4
 
     def aliases(self, names: Sequence[str]) -> Iterator[tuple[str, list[Alias]]] | None:
-        first = {name.split(".", 1)[0] for name in names}
-        if first & {"double_blocks", "single_blocks"}:
-            return _bfl_aliases(names)
-        if "single_transformer_blocks" in first or any(".attn.add_q_proj" in name for name in names):
-            return _diffusers_aliases(names)
-        return None
+        scheme = _scheme(names)
+        return None if scheme is None else _bfl_aliases(names) if scheme == "BFL" else _diffusers_aliases(names)
+
+    def blocks(self, names: Sequence[str]) -> dict[str, str] | None:
+        if _scheme(names) is None:
+            return None
+        labels = {name: self.block_label(Site(name)) for name in names}
+        return {name: label.replace(" ", "") for name, label in labels.items() if label is not None}
 
     def is_attention(self, site: Site) -> bool:
         name = site.layer
@@ -167,6 +181,13 @@ class Flux(Family):
 
 
 FLUX = Flux("Flux", width=3072, double=19, single=38)
+
+
+def _scheme(names: Sequence[str]) -> str | None:
+    first = {name.split(".", 1)[0] for name in names}
+    if first & {"double_blocks", "single_blocks"}:
+        return "BFL"
+    return "diffusers" if "single_transformer_blocks" in first or any(".attn.add_q_proj" in name for name in names) else None
 
 
 def _part_name(site: Site) -> str:

@@ -12,7 +12,43 @@ class _SD2(UNet):
         return 1 if evidence.text.get("te1") == 1024 else 0
 
 
-SD1 = UNet("SD 1.x", (1, 2, 4, 4), depth=(1, 1, 1, 0), middle_depth=1, context=768, linear=False, encoders={"te1": CLIP_L})
-SD2 = _SD2("SD 2.x", (1, 2, 4, 4), depth=(1, 1, 1, 0), middle_depth=1, context=1024, linear=True, encoders={"te1": CLIP_H})
+# The forms of sd-webui-lora-block-weight: the blocks with attention, which a LoRA changes, and all blocks, for LoCon and LyCORIS.
+_FORMS = {
+    17: ("base", "in1", "in2", "in4", "in5", "in7", "in8", "mid", *(f"out{n}" for n in range(3, 12))),
+    26: ("base", *(f"in{n}" for n in range(12)), "mid", *(f"out{n}" for n in range(12))),
+}
+# What its presets of these names leave on, with the blocks between that its 17 numbers leave out.
+_PRESETS = {
+    "INS": ("base", "in0-in4"),
+    "IND": ("base", "in5-in11"),
+    "INALL": ("base", "in0-in11"),
+    "MIDD": ("base", "in5-out6"),
+    "OUTD": ("base", "out0-out6"),
+    "OUTS": ("base", "out7-out11"),
+    "OUTALL": ("base", "out0-out11"),
+}
+
+SD1 = UNet(
+    "SD 1.x",
+    multipliers=(1, 2, 4, 4),
+    depth=(1, 1, 1, 0),
+    middle_depth=1,
+    context=768,
+    linear=False,
+    encoders={"te1": CLIP_L},
+    forms=_FORMS,
+    presets=_PRESETS,
+)
+SD2 = _SD2(
+    "SD 2.x",
+    multipliers=(1, 2, 4, 4),
+    depth=(1, 1, 1, 0),
+    middle_depth=1,
+    context=1024,
+    linear=True,
+    encoders={"te1": CLIP_H},
+    forms=_FORMS,
+    presets=_PRESETS,
+)
 
 __all__ = ["SD1", "SD2"]

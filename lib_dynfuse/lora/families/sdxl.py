@@ -17,6 +17,22 @@ class _SDXL(UNet):
         return 2 if deep or "te2" in evidence.text or any(name.startswith(("label_emb", "add_embedding")) for name in names) else 0
 
 
+# The forms of sd-webui-lora-block-weight: for LoRA, and for LoCon and LyCORIS.
+_FORMS = {
+    12: ("base", "in4", "in5", "in7", "in8", "mid", *(f"out{n}" for n in range(6))),
+    20: ("base", *(f"in{n}" for n in range(9)), "mid", *(f"out{n}" for n in range(9))),
+}
+# Its presets of these names are for SD 1.x; here the innermost level is deep, and the outer two are shallow.
+_PRESETS = {
+    "INS": ("base", "in0-in5"),
+    "IND": ("base", "in6-in8"),
+    "INALL": ("base", "in0-in8"),
+    "MIDD": ("base", "in6-out2"),
+    "OUTD": ("base", "out0-out2"),
+    "OUTS": ("base", "out3-out8"),
+    "OUTALL": ("base", "out0-out8"),
+}
+
 SDXL = _SDXL(
     "SDXL",
     multipliers=(1, 2, 4),
@@ -25,6 +41,8 @@ SDXL = _SDXL(
     context=2048,
     linear=True,
     encoders={"te1": CLIP_L, "te2": CLIP_G},
+    forms=_FORMS,
+    presets=_PRESETS,
     vector=2816,
 )
 

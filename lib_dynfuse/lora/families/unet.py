@@ -45,6 +45,8 @@ _LAYOUTS = {
     ),
 }
 
+_SYNONYMS = {"m": "mid", "middle": "mid"}
+
 
 @dataclass(frozen=True, eq=False)
 class UNet(Family):
@@ -62,6 +64,8 @@ class UNet(Family):
     context: int
     linear: bool
     encoders: Mapping[str, Encoder]
+    forms: Mapping[int, tuple[str, ...]]
+    presets: Mapping[str, tuple[str, ...]]
     vector: int | None = None
 
     kind = "a U-Net (SD 1.x, SD 2.x or SDXL)"
@@ -83,6 +87,9 @@ class UNet(Family):
         (re.compile(r"conv_in(?:\.|$)"), "first"),
         (re.compile(r"(?:out|conv_norm_out|conv_out)(?:\.|$)"), "last"),
     )
+    flow = ("embed", "in", "mid", "out", "last")
+    block_synonyms = _SYNONYMS
+    text_blocks = ()
 
     def certainty(self, evidence: Evidence) -> int:
         width = Counter(evidence.input_widths(("attn2_to_k", "attn2_to_v"))).most_common(1)
@@ -93,10 +100,16 @@ class UNet(Family):
         return 0
 
     def aliases(self, names: Sequence[str]) -> Iterator[tuple[str, list[Alias]]] | None:
-        first = {name.split(".", 1)[0] for name in names}
-        if "input_blocks" in first:
-            return _renamed(names, ldm_to_diffusers(names))
-        return _renamed(names, diffusers_to_ldm(names)) if "down_blocks" in first else None
+        scheme = _scheme(names)
+        return None if scheme is None else _renamed(names, ldm_to_diffusers(names) if scheme == "LDM" else diffusers_to_ldm(names))
+
+    def blocks(self, names: Sequence[str]) -> dict[str, str] | None:
+        scheme = _scheme(names)
+        if scheme is None:
+            return None
+        in_ldm = {name: name for name in names} if scheme == "LDM" else diffusers_to_ldm(names)
+        labels = {name: self.block_label(Site(in_ldm[name])) for name in names if name in in_ldm}
+        return {name: label.replace(" ", "") for name, label in labels.items() if label is not None}
 
     def is_attention(self, site: Site) -> bool:
         return re.search(r"\.attn[12]\.to_(?:q|k|v|out\.0)$", site.layer) is not None
@@ -179,6 +192,11 @@ class UNet(Family):
                 block += 1
         yield "out.0", (width,)
         yield "out.2", (4, width, 3, 3)
+
+
+def _scheme(names: Sequence[str]) -> str | None:
+    first = {name.split(".", 1)[0] for name in names}
+    return "LDM" if "input_blocks" in first else "diffusers" if "down_blocks" in first else None
 
 
 def _inner_label(rest: str) -> str:
