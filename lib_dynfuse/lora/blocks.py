@@ -10,7 +10,8 @@ from itertools import groupby
 
 from ..errors import SettingsError
 from ..strength import BlockText
-from .families import FAMILIES, Family
+from . import families
+from .families import Family
 from .naming import Site
 
 TEXT = "base"
@@ -44,7 +45,7 @@ class Blocks:
     def of_model(cls, layers: Iterable[str]) -> Blocks:
         """layers: the denoiser's dotted layer names, in any scheme. A model that has not the blocks of a known family has no forms."""
         names = list(dict.fromkeys(layers))
-        found = {family: by_layer for family in FAMILIES if (by_layer := family.blocks(names)) is not None}
+        found = {family: by_layer for family in families.FAMILIES if (by_layer := family.blocks(names)) is not None}
         if not found:
             by_layer = {name: _own_block(name) for name in names if name}
             return cls(tuple(dict.fromkeys(by_layer.values())), by_layer=by_layer)

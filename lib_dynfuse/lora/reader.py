@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
+from . import families
 from .branch import Branch, Dense, LoraError, LowRank, NormShift
 from .families import (
-    FAMILIES,
     has_variable_input,
     is_kernel,
     is_norm,
@@ -138,9 +138,9 @@ def _taken_apart(
         if rank is not None:
             ranks[rank] += 1
     if len(unknown) == len(denoiser) + len(norms) + sum(len(layers) for layers in text.values()):
-        families = ", ".join(known.name for known in FAMILIES)
+        names = ", ".join(known.name for known in families.FAMILIES)
         raise LoraError(
-            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {families}."
+            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {names}."
             if unknown
             else _no_lora(path, list(parsed))
         )

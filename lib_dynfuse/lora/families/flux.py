@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from ..naming import Alias, Part, Site, flat
 from .encoders import CLIP_L, T5
@@ -81,14 +80,14 @@ _FORMS = {
     61: ("base", "t5", "embed-first", *(f"double{n}" for n in range(19)), *(f"single{n}" for n in range(38)), "last"),
 }
 _PRESETS = {"DOUBLE": ("base", "t5", "double0-double18"), "SINGLE": ("base", "t5", "single0-single37")}
+_KOHYA_TEXT = {"te1": "lora_te1_", "t5": "lora_te3_"}
+_METADATA = {"ss_base_model_version": "flux1", "ss_v2": "False", "modelspec.architecture": "flux-1-dev/lora"}
 _SYNONYMS = {"clip": "base", "d": "double", "s": "single"}
 
 
-@dataclass(frozen=True, eq=False)
 class Flux(Family):
     """A family whose denoiser has Flux's double and single blocks. width: of its features; double, single: numbers of blocks."""
 
-    name: str
     width: int
     double: int
     single: int
@@ -96,7 +95,6 @@ class Flux(Family):
     kind = "a Flux model"
     unrecognised = "a transformer whose layers are named as Flux's"
     layouts = _LAYOUTS
-    kernels = re.compile(r"(?!)")
     norms = re.compile(r"(?:.*_)?(?:(?:query|key)_norm|norm_(?:added_)?[qk])")
     variable_inputs = frozenset({"img_in", "x_embedder"})
     encoders = _ENCODERS
@@ -108,10 +106,10 @@ class Flux(Family):
         (re.compile(r"(?:final_layer|norm_out|proj_out)(?:\.|$)"), "last"),
     )
     flow = ("embed", "first", "double", "single", "last")
-    forms = _FORMS
-    presets = _PRESETS
     block_synonyms = _SYNONYMS
     text_blocks = ("t5",)
+    kohya_layout = "Flux BFL names"
+    kohya_text = _KOHYA_TEXT
 
     def layers(self) -> Iterator[tuple[str, Shape]]:
         """As of FLUX.1 [dev], the guidance embedding included; heads of 128."""
@@ -151,12 +149,6 @@ class Flux(Family):
         scheme = _scheme(names)
         return None if scheme is None else _bfl_aliases(names) if scheme == "BFL" else _diffusers_aliases(names)
 
-    def blocks(self, names: Sequence[str]) -> dict[str, str] | None:
-        if _scheme(names) is None:
-            return None
-        labels = {name: self.block_label(Site(name)) for name in names}
-        return {name: label.replace(" ", "") for name, label in labels.items() if label is not None}
-
     def is_attention(self, site: Site) -> bool:
         name = site.layer
         if re.search(r"\.(?:img|txt)_attn\.(?:qkv|proj)$", name):
@@ -180,7 +172,15 @@ class Flux(Family):
         return f"{block} {name}{'.' + part if part else ''}"
 
 
-FLUX = Flux("Flux", width=3072, double=19, single=38)
+class _Flux1(Flux):
+    name = "Flux"
+    width, double, single = 3072, 19, 38
+    forms = _FORMS
+    presets = _PRESETS
+    metadata = _METADATA
+
+
+FLUX = _Flux1()
 
 
 def _scheme(names: Sequence[str]) -> str | None:
