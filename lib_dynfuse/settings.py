@@ -569,7 +569,3 @@ def _in_range(name: str, value: float) -> float:
     if metadata["maximum"] is not None and value > metadata["maximum"]:
         raise SettingsError(f"{name} must be at most {format_value(metadata['maximum'])}, not {format_value(value)}")
     return value
-
-
-register_method("dynfuse", "each layer uses the LoRA that changes its features more, chosen anew at every step")
-register_method("direct", "all LoRAs are added everywhere, as ordinary <lora:...> tags do")

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lib_dynfuse.fusion import Choice
+from lib_dynfuse.fusion import Rule, Step
+from lib_dynfuse.fusion.rules import Votes
 from lib_dynfuse.fusion.session import FusionSession
 from lib_dynfuse.guidance.references import ReferenceCache
 from lib_dynfuse.guidance.weights import EncoderSources
@@ -79,8 +80,8 @@ class Studio:
     def _fused(self, pair: Pair, row: Row, clock: _Clock) -> tuple[list[Image.Image], Diagnosis | None]:
         setup = self.setup
         subject = read_oracle(setup.weights, pair.name) if row.loras == "oracle" else self._lora(pair.subject)
-        choice = random_choice(pair, setup.seeds) if row.loras == "random" else None
-        fused = _Fusion(self._pipeline, subject, self._lora(pair.style), row, pair, self._guidance, choice)
+        rule = RandomChoice(pair, setup.seeds) if row.loras == "random" else None
+        fused = _Fusion(self._pipeline, subject, self._lora(pair.style), row, pair, self._guidance, rule)
         made = fused(
             pair.prompt,
             seeds=setup.seeds,
@@ -97,33 +98,41 @@ class Studio:
         return self._loras[name]
 
 
-def random_choice(pair: Pair, seeds: tuple[int, ...]) -> Choice:
+def random_choice(pair: Pair, seeds: tuple[int, ...], site: Site) -> Tensor:
+    """A coin for each picture: (images,) bool, True for the subject."""
+    coins = [np.random.default_rng([*f"{pair.name} {seed} {site.layer}".encode()]).random() < 0.5 for seed in seeds]
+    return torch.tensor(coins)
+
+
+class RandomChoice(Rule):
     """The control: for every layer and picture a coin decides which LoRA is used, at all steps."""
-    drawn: dict[Site, Tensor] = {}
 
-    def choose(site: Site) -> Tensor:
-        if site not in drawn:
-            drawn[site] = torch.tensor(
-                [np.random.default_rng([*f"{pair.name} {seed} {site.layer}".encode()]).random() < 0.5 for seed in seeds]
-            )
-        return drawn[site]
+    name = "random"
+    summary = "a coin for each layer and picture"
+    selects = True
+    constant = True
 
-    return choose
+    def __init__(self, pair: Pair, seeds: tuple[int, ...]):
+        self.pair, self.seeds = pair, seeds
+
+    def weights(self, step: Step, votes: Votes | None) -> Tensor:
+        coins = torch.stack([random_choice(self.pair, self.seeds, site) for site in self.places.sites])
+        return torch.stack([coins, ~coins], -1).float().to(self.device)
 
 
 class _Fusion(FusedPipeline):
     """A row's fusion, with what only the benchmark asks of a session."""
 
     def __init__(
-        self, pipeline: Any, subject: LoraFile, style: LoraFile, row: Row, pair: Pair, guidance: GuidanceSources, choice: Choice | None
+        self, pipeline: Any, subject: LoraFile, style: LoraFile, row: Row, pair: Pair, guidance: GuidanceSources, rule: Rule | None
     ):
-        self._choice = choice
+        self._rule = rule
         self.every_row = row.loras == "pair" and row.settings.method == "dynfuse" and row.settings.granularity == "row"
         super().__init__(pipeline, subject, style, row.settings_for(pair), guidance)
 
     def _new_session(self) -> FusionSession:
         kind = EveryRow if self.every_row else FusionSession
-        return kind(denoiser(self.pipeline), self.subject, self.style, self.settings, choice=self._choice)
+        return kind(denoiser(self.pipeline), self.subjects, self.styles, self.settings, rule=self._rule)
 
 
 class _Clock:
@@ -151,4 +160,4 @@ class _Clock:
         return time.process_time() - self._start
 
 
-__all__ = ["Studio", "random_choice", "shipped_judge"]
+__all__ = ["RandomChoice", "Studio", "random_choice", "shipped_judge"]

@@ -12,7 +12,6 @@ from statistics import mean
 from PIL import Image
 
 from lib_dynfuse.fusion import selection_map
-from lib_dynfuse.generate import trace_of_image
 from lib_dynfuse.guidance import curve
 
 from ..benchmark.protocol import CFG_SCALE
@@ -78,7 +77,7 @@ def page(shows: Sequence[Show], seconds: float) -> str:
 
 def choices(show: Show) -> Image.Image:
     """The selection map of the pair's first picture by selection alone."""
-    return selection_map.draw(trace_of_image(show.trace, 0), show.pair.subject, show.pair.style)
+    return selection_map.draw(show.trace.of_image(0), show.pair.subject, show.pair.style)
 
 
 def similarities(show: Show) -> Image.Image:

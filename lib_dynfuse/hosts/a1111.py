@@ -17,6 +17,7 @@ from ..guidance.correction import Kind
 from ..guidance.decode import decoding_half
 from ..lora.branch import Branch, Dense, LowRank, bound
 from .base import WebUIHost, refuse_replaced_denoiser
+from .capabilities import Call, Value
 from .fusion_pass import RowLayout
 from .guided_pass import HostVae
 from .text_parts import TextParts
@@ -24,6 +25,14 @@ from .text_parts import TextParts
 
 class A1111(WebUIHost):
     name = "A1111"
+    needs = (
+        *WebUIHost.needs,
+        Value("networks", "loaded_networks"),
+        Call("networks", "network_apply_weights", 1),
+        Call("networks", "assign_network_names_to_compvis_modules", 1),
+    )
+    # WebUIs with the first Forge's backend (reForge, Forge Classic) have the same modules, but other rows and another store of LoRAs.
+    barred = ("modules_forge",)
 
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
         from modules import shared
@@ -47,7 +56,7 @@ class A1111(WebUIHost):
         from modules import shared
 
         # Other LoRAs are merged lazily, in each layer's first forward (networks.py:411): do it now.
-        if not shared.opts.lora_functional:
+        if not getattr(shared.opts, "lora_functional", False):
             networks.network_apply_weights(layer)
         return cast(Tensor, layer.weight)
 

@@ -1,6 +1,6 @@
 """What DynFuse asks of a WebUI, and what all of them have in common.
 
-Seven functions of the WebUI are wrapped (Seams); together they are one job's life:
+Seven functions of the WebUI are wrapped (_SEAMS); together they are one job's life:
 
     processing.process_images_inner     a job: whatever happens inside, its end takes back what is ours
     extra_networks.activate             the tags of a batch's prompt: which pair is fused in the pass that begins, towards which references
@@ -12,6 +12,9 @@ Seven functions of the WebUI are wrapped (Seams); together they are one job's li
 
 A host's callbacks swallow exceptions, and an image would come out as if nothing had happened; so what must stop an image is
 kept as a sentence and raised in CFGDenoiser.forward, from where it reaches the UI and the API.
+
+First of all: do no harm. Whatever is needed of the WebUI is looked up before anything is wrapped; if a piece is missing or different,
+nothing is (see off). A job that asks for nothing of ours meets wrappers that look for its tag and pass the call on.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -38,10 +41,12 @@ from ..guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, Encoder
 from ..lora import LoraFile, compatible
 from ..lora.branch import LoraError, applied_size
 from ..settings import FuseSettings, SettingsError
+from .capabilities import Call, Seam, Value, off_because, why_off
 from .fusion_pass import FusionJob, FusionPass, Request, RowLayout
 from .guided_pass import GuidedPass, HostVae, memory_needed
 from .lora_files import FileVersion, LoraFiles
 from .reference_maker import (
+    JOB_ARGUMENTS,
     BaseIdentity,
     Interrupted,
     ReferenceFailed,
@@ -51,8 +56,8 @@ from .reference_maker import (
     other_tags,
     own_random_state,
 )
+from .seams import Seams, Wrapping, argument
 from .text_parts import TextParts, text_parts
-from .webui_patches import Seams
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,38 @@ NOTE = "DynFuse note"
 PREVIEW_ENDINGS = tuple(f"{middle}.{kind}" for kind in ("png", "jpg", "jpeg", "webp", "gif") for middle in ("", ".preview"))
 
 MEBIBYTE = 1 << 20
+
+NOT_INSTALLED = off_because("the WebUI has not told it to begin")
+
+_JOB = Seam("modules.processing", "process_images_inner", ("p",))
+_ACTIVATE = Seam("modules.extra_networks", "activate", ("p", "extra_network_data"))
+_LOAD_NETWORKS = Seam("networks", "load_networks", ("names", "te_multipliers", "unet_multipliers"))
+_SIGMAS = Seam("modules.sd_samplers_kdiffusion", "KDiffusionSampler.get_sigmas", ("self", "p", "steps"))
+_TIMESTEPS = Seam("modules.sd_samplers_timesteps", "CompVisSampler.get_timesteps", ("self", "p", "steps"))
+_DENOISER = Seam("modules.sd_samplers_cfg_denoiser", "CFGDenoiser.forward", ("self", "x", "sigma", "uncond", "cond", "cond_scale"))
+_REFINER = Seam("modules.sd_samplers_common", "apply_refiner", ("cfg_denoiser",))
+_SEAMS = (_JOB, _ACTIVATE, _LOAD_NETWORKS, _SIGMAS, _TIMESTEPS, _DENOISER, _REFINER)
+
+_JOB_FIELDS = (
+    *("comments", "extra_generation_params", "all_prompts", "all_negative_prompts", "all_seeds", "batch_size"),
+    *("disable_extra_networks", "sampler_name", "steps", "cfg_scale", "width", "height"),
+)
+_NEEDS = (
+    *_SEAMS,
+    Call("modules.extra_networks", "register_extra_network", 1),
+    Call("modules.extra_networks", "parse_prompt", 1),
+    Call("networks", "list_available_networks"),
+    *(
+        Value("networks", name)
+        for name in ("available_networks", "available_network_aliases", "forbidden_network_aliases", "available_network_hash_lookup")
+    ),
+    *(Value("modules.shared", name) for name in ("opts", "state", "sd_model")),
+    Value("modules.paths_internal", "models_path"),
+    Value("modules.sd_vae", "loaded_vae_file"),
+    Call("modules.processing", "StableDiffusionProcessing.comment", 2),
+    *(Value("modules.processing", f"StableDiffusionProcessing.{name}") for name in _JOB_FIELDS),
+    Call("modules.processing", "StableDiffusionProcessingTxt2Img", keywords=JOB_ARGUMENTS),
+)
 
 # The items of every <dynfuse:...> tag of a prompt -> the settings they ask for, None without a tag. Raises SettingsError.
 ParseTags = Callable[[Sequence[Sequence[str]]], FuseSettings | None]
@@ -74,13 +111,17 @@ class WebUIHost(ABC):
     """A running WebUI. There is one of it per process: see detect."""
 
     name: str
+    needs: ClassVar[tuple[Value, ...]] = _NEEDS  # what is asked of the WebUI and can be looked up before a model is loaded
+    barred: ClassVar[tuple[str, ...]] = ()  # modules of WebUIs that look like this one and are not
 
     def __init__(self) -> None:
+        self.off: str | None = NOT_INSTALLED  # one sentence on why DynFuse does nothing here; None while it is installed
         self._seams = Seams()
         self._files = LoraFiles()
         self._parse_tags: ParseTags = lambda tags: None
         self._active: FusionPass | None = None
         self._text_label: str | None = None
+        self._text_parts_in = False  # or may be, after an error
 
     # The WebUI's LoRAs. All five hosts keep them under the same names in the module `networks`.
 
@@ -157,26 +198,51 @@ class WebUIHost(ABC):
     # Installing.
 
     def install(self, parse_tags: ParseTags) -> None:
-        """Wrap the WebUI's functions. May be called again at any time, with another parser."""
-        from modules import extra_networks, processing, sd_samplers_common
-        from modules.sd_samplers_cfg_denoiser import CFGDenoiser
-        from modules.sd_samplers_kdiffusion import KDiffusionSampler
-        from modules.sd_samplers_timesteps import CompVisSampler
-
+        """Wrap the WebUI's functions, or none of them: see off. May be called again at any time, with another parser."""
         self._parse_tags = parse_tags
-        self._seams.wrap(processing, "process_images_inner", self._around_job)
-        self._seams.wrap(extra_networks, "activate", self._around_activate)
-        self._seams.wrap(_networks(), "load_networks", self._around_load_networks)
-        self._seams.wrap(KDiffusionSampler, "get_sigmas", self._around_schedule)
-        self._seams.wrap(CompVisSampler, "get_timesteps", self._around_schedule)
-        self._seams.wrap(CFGDenoiser, "forward", self._around_denoiser)
-        self._seams.wrap(sd_samplers_common, "apply_refiner", self._around_refiner)
+        try:
+            off = why_off(self.needs, self.barred)
+            if off is None:
+                self._seams.install(self._wrappings())
+        except Exception as reason:
+            log.exception("DynFuse could not be installed")
+            off = off_because(f"it could not be installed ({type(reason).__name__}: {reason})")
+        if off is not None:
+            self._seams.undo()
+            if off != self.off:
+                print(off)
+        self.off = off
 
     def uninstall(self) -> None:
         """Take everything back."""
+        self.off = NOT_INSTALLED
         self._active = None
-        self.remove_text_parts()
+        try:
+            self._take_text_parts_back()
+        except Exception:
+            log.exception("DynFuse could not take its text-encoder parts back")
         self._seams.undo()
+
+    def _wrappings(self) -> list[Wrapping]:
+        return [
+            Wrapping(_JOB, self._around_job),
+            Wrapping(_ACTIVATE, self._around_activate, stops=self._asks),
+            Wrapping(_LOAD_NETWORKS, self._around_load_networks),
+            Wrapping(_SIGMAS, self._around_schedule),
+            Wrapping(_TIMESTEPS, self._around_schedule),
+            Wrapping(_DENOISER, self._around_denoiser, stops=self._is_fused),
+            Wrapping(_REFINER, self._around_refiner, stops=self._is_fused),
+        ]
+
+    # Whether an error of ours must stop the job, because a fused picture was asked for.
+
+    @staticmethod
+    def _asks(p: Any, extra_network_data: Any = None, *args: Any, **kwargs: Any) -> bool:
+        return TAG in (extra_network_data or {}) or getattr(p, "dynfuse_settings", None) is not None or FusionJob.of(p) is not None
+
+    @staticmethod
+    def _is_fused(cfg_denoiser: Any, *args: Any, **kwargs: Any) -> bool:
+        return _current_pass(getattr(cfg_denoiser, "p", None)) is not None
 
     # What the panel reads.
 
@@ -192,25 +258,25 @@ class WebUIHost(ABC):
 
     # One job.
 
-    def _around_job(self, original: Callable[..., Any], p: Any, *args: Any, **kwargs: Any) -> Any:
-        if FusionJob.of(p) is not None:
-            del p.dynfuse  # some scripts run the same processing object again and again
+    def _around_job(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        p = argument(args, kwargs, 0, "p")
         try:
-            result = original(p, *args, **kwargs)
+            if FusionJob.of(p) is not None:
+                del p.dynfuse  # some scripts run the same processing object again and again
+            result = original(*args, **kwargs)
         finally:
             self._end_job(p)
         self._tell(p, result)
         return result
 
     def _end_job(self, p: Any) -> None:
-        job = FusionJob.of(p)
-        if job is not None:
-            job.end()
         self._active = None
         try:
-            self.remove_text_parts()
-        except Exception:
-            log.exception("DynFuse could not take its text-encoder parts back")
+            self._take_text_parts_back()
+        finally:
+            job = FusionJob.of(p)
+            if job is not None:
+                job.end()
 
     def _tell(self, p: Any, result: Any) -> None:
         """Put the notes of a finished job where the user (text under the image) and API clients (its parameters) see them."""
@@ -226,17 +292,18 @@ class WebUIHost(ABC):
         else:
             p.extra_generation_params.pop(NOTE, None)
 
-    def _around_activate(self, original: Callable[..., Any], p: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-        job = FusionJob.of(p)
-        # Forge activates the tags again when the refiner takes over in the middle of a pass; A1111 does not.
-        if job is None or job.current is None or not job.current.denoising:
-            self._begin_pass(p, data or {})
-        return original(p, data, *args, **kwargs)
+    def _around_activate(self, original: Callable[..., Any], p: Any, extra_network_data: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._asks(p, extra_network_data) or self._active is not None or self._text_parts_in:
+            job = FusionJob.of(p)
+            # Forge activates the tags again when the refiner takes over in the middle of a pass; A1111 does not.
+            if job is None or job.current is None or not job.current.denoising:
+                self._begin_pass(p, extra_network_data or {})
+        return original(p, extra_network_data, *args, **kwargs)
 
     def _begin_pass(self, p: Any, data: Mapping[str, Sequence[Any]]) -> None:
         """Every activation replaces whatever was asked for before; nothing of it is left, even if its job died."""
         self._active = None
-        self.remove_text_parts()
+        self._take_text_parts_back()
         known = FusionJob.of(p)
         job = known or FusionJob(p)
         new = self._requested(p, data, job)
@@ -253,6 +320,12 @@ class WebUIHost(ABC):
         if label != self._text_label:
             _forget_conditionings(p)
             self._text_label = label
+
+    def _take_text_parts_back(self) -> None:
+        """A WebUI that never merged anything of ours is not even looked at."""
+        if self._text_parts_in:
+            self.remove_text_parts()
+            self._text_parts_in = False
 
     def _requested(self, p: Any, data: Mapping[str, Sequence[Any]], job: FusionJob) -> FusionPass | None:
         """The pass that the tags ask for: None without a tag, one with an error sentence if it cannot be done."""
@@ -342,31 +415,36 @@ class WebUIHost(ABC):
             raise UnknownLora(_unknown(name, [*_networks().available_networks, *_networks().available_network_aliases]))
         return path
 
-    def _around_load_networks(
-        self,
-        original: Callable[..., Any],
-        names: Sequence[str],
-        te_multipliers: Sequence[float] | None = None,
-        unet_multipliers: Sequence[float] | None = None,
-        dyn_dims: Sequence[int | None] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def _around_load_networks(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         active = self._active
         if active is None or active.request is None:
-            return original(names, te_multipliers, unet_multipliers, dyn_dims, *args, **kwargs)
-        claimed = [self._is_claimed(name, active.request.paths) for name in names]
-        for name in dict.fromkeys(name for name, ours in zip(names, claimed) if ours):
-            active.note(f"<lora:{name}> was left out: DynFuse uses this LoRA already, at the weights of its own tag or panel.")
-
-        def kept(values: Sequence[Any] | None) -> list[Any] | None:
-            return None if values is None else [value for value, ours in zip(values, claimed) if not ours]
-
+            return original(*args, **kwargs)
         try:
-            return original(kept(names), kept(te_multipliers), kept(unet_multipliers), kept(dyn_dims), *args, **kwargs)
+            args, kwargs = self._without_ours(active, active.request, args, kwargs)
+        except Exception as reason:
+            log.exception("DynFuse could not read the prompt's <lora:...> tags")
+            active.error = f"DynFuse could not read the prompt's <lora:...> tags: {type(reason).__name__}: {reason}"
+        try:
+            return original(*args, **kwargs)
         finally:
             # Forge's own function fails on an unknown <lora:...>, and the WebUI goes on without it; the pair must not be lost with it.
             self._merge_text_parts(active)
+
+    def _without_ours(
+        self, active: FusionPass, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of load_networks less those LoRAs that are fused; whatever is parallel to the names is cut with them."""
+        names = argument(args, kwargs, 0, "names")
+        claimed = [self._is_claimed(name, request.paths) for name in names]
+        for name in dict.fromkeys(name for name, ours in zip(names, claimed) if ours):
+            active.note(f"<lora:{name}> was left out: DynFuse uses this LoRA already, at the weights of its own tag or panel.")
+
+        def kept(values: Any) -> Any:
+            if not isinstance(values, (list, tuple)) or len(values) != len(names):
+                return values
+            return [value for value, ours in zip(values, claimed) if not ours]
+
+        return tuple(kept(values) for values in args), {key: kept(values) for key, values in kwargs.items()}
 
     def _is_claimed(self, name: str, paths: frozenset[str]) -> bool:
         path = self.lora_path(name)
@@ -376,6 +454,7 @@ class WebUIHost(ABC):
         assert active.request is not None
         if active.request.text is None:
             return
+        self._text_parts_in = True
         try:
             unmatched = self.add_text_parts(active.request.text)
         except Exception as reason:
@@ -387,33 +466,33 @@ class WebUIHost(ABC):
             active.note(f"{len(unmatched)} layers of the LoRAs' text-encoder parts are not in this model (such as {unmatched[0]}).")
 
     def _around_denoiser(self, original: Callable[..., Any], cfg_denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-        job = FusionJob.of(cfg_denoiser.p)
-        if job is None or job.current is None:
+        current = _current_pass(getattr(cfg_denoiser, "p", None))
+        if current is None:
             return original(cfg_denoiser, *args, **kwargs)
-        return job.current.denoise(cfg_denoiser, functools.partial(original, cfg_denoiser), args, kwargs)
+        return current.denoise(cfg_denoiser, functools.partial(original, cfg_denoiser), args, kwargs)
 
-    def _around_schedule(self, original: Callable[..., Any], sampler: Any, p: Any, *args: Any, **kwargs: Any) -> Any:
-        levels = original(sampler, p, *args, **kwargs)
-        job = FusionJob.of(p)
-        if job is not None and job.current is not None and job.current.guidance is not None:
-            job.current.guidance.levels = levels
+    def _around_schedule(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        levels = original(*args, **kwargs)
+        current = _current_pass(argument(args, kwargs, 1, "p"))
+        if current is not None and current.guidance is not None:
+            current.guidance.levels = levels
         return levels
 
     def _around_refiner(self, original: Callable[..., Any], cfg_denoiser: Any, *args: Any, **kwargs: Any) -> Any:
-        job = FusionJob.of(cfg_denoiser.p)
-        if job is None or job.current is None:
+        current = _current_pass(getattr(cfg_denoiser, "p", None))
+        if current is None:
             return original(cfg_denoiser, *args, **kwargs)
-        return job.current.switch_model(cfg_denoiser, lambda: original(cfg_denoiser, *args, **kwargs))
+        return current.switch_model(cfg_denoiser, lambda: original(cfg_denoiser, *args, **kwargs))
 
     def before_sampling(self, p: Any) -> None:
         """A sampling is about to begin, and the host about to decide what stays in the device's memory."""
-        job = FusionJob.of(p)
-        if job is not None and job.current is not None and job.current.request is not None:
-            files = (job.current.request.subject, job.current.request.style)
+        current = _current_pass(p)
+        if current is not None and current.request is not None:
+            files = (current.request.subject, current.request.style)
             self.reserve_memory(p, sum(applied_size(branch) for file in files for branch in file.denoiser.values()))
-            guidance = job.current.guidance
+            guidance = current.guidance
             if guidance is not None and guidance.encoders is not None:
-                size = (p.hr_upscale_to_x, p.hr_upscale_to_y) if job.current.hires else (p.width, p.height)
+                size = (p.hr_upscale_to_x, p.hr_upscale_to_y) if current.hires else (p.width, p.height)
                 self.reserve_guidance_memory(p, memory_needed(guidance.settings, guidance.encoders, *size, p.batch_size))
 
     # What a guided pass asks (see guided_pass.Guided), as far as the hosts agree.
@@ -508,10 +587,18 @@ class WebUIHost(ABC):
 
 def refuse_replaced_denoiser() -> None:
     """Raises FusionError where another program (TensorRT) computes in place of the model's layers."""
-    from modules import sd_unet
-
+    try:
+        from modules import sd_unet
+    except ImportError:
+        return  # a WebUI without the choice
     if getattr(sd_unet, "current_unet", None) is not None:
         raise FusionError("DynFuse works on the model's own layers; set 'SD Unet' to None in the settings.")
+
+
+def _current_pass(p: Any) -> FusionPass | None:
+    """The pass that p's next denoiser call belongs to; None: a plain one."""
+    job = FusionJob.of(p)
+    return job.current if job is not None else None
 
 
 def _networks() -> Any:
@@ -587,7 +674,7 @@ def detect() -> WebUIHost:
 
 
 def _detect() -> WebUIHost:
-    # By what it can do, never by a version string: forks carry the strings of what they were forked from.
+    # The nearest of those that we know, by its modules; whether it is what it looks like is for install to find out.
     try:
         import modules.sd_models  # noqa: F401
     except ImportError:

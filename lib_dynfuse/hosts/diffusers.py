@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,8 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from ..fusion import FusionError, FusionSession, Report, Rows, Trace
-from ..fusion.layer import FusedLayer, FusedSite, StepState
+from ..fusion import FusionError, FusionSession, Report, Rows, Step, Trace
+from ..fusion.layer_sum import LayerSum, Summand
 from ..guidance.encoders import Encoders, load_encoders
 from ..guidance.guide import GuidanceRecord, wants_guidance
 from ..guidance.references import Reference, reference_of_given, sides_needed
@@ -37,6 +38,7 @@ from ..lora import LoraFile
 from ..lora.matching import SiteBranch
 from ..lora.naming import Site, flat
 from ..settings import FuseSettings
+from ..strength import one_each
 from .diffusers_guidance import GuidanceSources, GuidedCall, NoDecoderError, guidance_decoders
 from .diffusers_references import Job, influential, reference_key, reference_prompt
 from .diffusers_schedulers import SchedulerError, SchedulerSteps
@@ -77,19 +79,20 @@ class FusedPipeline:
     def __init__(
         self,
         pipeline: Any,
-        subject: LoraFile,
-        style: LoraFile,
+        subject: LoraFile | Sequence[LoraFile],
+        style: LoraFile | Sequence[LoraFile],
         settings: FuseSettings | None = None,
         guidance: GuidanceSources | None = None,
     ):
-        """pipeline: a diffusers pipeline of PIPELINES. guidance: where a guided call takes its encoders from and keeps its references,
-        None for the user's own folders. Raises FusionError when the LoRAs do not fit the pipeline or each other.
+        """pipeline: a diffusers pipeline of PIPELINES. subject, style: one or several each. guidance: where a guided call takes its
+        encoders from and keeps its references, None for the user's own folders. Raises FusionError when the LoRAs do not fit the
+        pipeline or each other.
         """
         self.pipeline = pipeline
-        self.subject, self.style = subject, style
+        self.subjects, self.styles = ((side,) if isinstance(side, LoraFile) else tuple(side) for side in (subject, style))
         self.settings = settings or FuseSettings()
         self.guidance = guidance or GuidanceSources()
-        self._text = SummedTextParts(text_encoders(pipeline), subject, style, self.settings)
+        self._text = SummedTextParts(text_encoders(pipeline), self.subjects, self.styles, self.settings)
         self._new_session()  # tells now whether the pair fits, not after the prompt was encoded
 
     def __call__(
@@ -154,23 +157,28 @@ class FusedPipeline:
         )
 
     def _new_session(self) -> FusionSession:
-        return FusionSession(denoiser(self.pipeline), self.subject, self.style, self.settings)
+        return FusionSession(denoiser(self.pipeline), self.subjects, self.styles, self.settings)
 
     @contextmanager
     def _during_denoising(self, session: FusionSession, call: GuidedCall | None) -> Iterator[None]:
         """Each call of the denoiser is a step, in the session's hands; the guidance, if any, takes over behind it."""
+        calls = 0
 
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             name = next((name for name in ("sample", "hidden_states") if name in kwargs), None)
             latent = kwargs[name] if name else args[0]
             rows = rows_of(self.pipeline, latent.shape[0])
-            session.new_step()
+            nonlocal calls
+            session.begin(_step_of(self.pipeline.scheduler, calls))
+            calls += 1
 
             def run(latent: torch.Tensor) -> Any:
                 with session.attached(rows):
                     return forward(*args, **{**kwargs, name: latent}) if name else forward(latent, *args[1:], **kwargs)
 
-            return call.denoise(run, latent, kwargs, rows.count) if call else run(latent)
+            result = call.denoise(run, latent, kwargs, rows.count) if call else run(latent)
+            session.end_step()
+            return result
 
         with ExitStack() as stack:
             stack.enter_context(wrapped(denoiser(self.pipeline), "forward", around))
@@ -211,12 +219,12 @@ class FusedPipeline:
         settings, cache = self.settings, self.guidance.cache
         if given := getattr(settings, f"{side}_image"):
             return reference_of_given(side, given, cache, encoders)
-        lora = getattr(self, side)
-        prompt = reference_prompt(side, settings, lora, prompt)
-        key = reference_key(side, settings, lora, prompt, job, self.pipeline, encoders.identity)
+        loras = self.subjects if side == "subject" else self.styles
+        prompt = reference_prompt(side, settings, loras, prompt)
+        key = reference_key(side, settings, loras, prompt, job, self.pipeline, encoders.identity)
         if (known := cache.get(key)) is not None:
             return known
-        made = FusedPipeline(self.pipeline, self.subject, self.style, alone(settings, side))(
+        made = FusedPipeline(self.pipeline, self.subjects, self.styles, alone(settings, side))(
             prompt,
             negative_prompt=job.negative_prompt,
             seeds=[job.seed],
@@ -232,19 +240,22 @@ class FusedPipeline:
 
 
 class SummedTextParts:
-    """Both LoRAs' text-encoder parts, added up on the encoders while a prompt is encoded.
+    """The LoRAs' text-encoder parts, added up on the encoders while a prompt is encoded.
 
-    dW = te_weight * (subject_weight * dW_subject + style_weight * dW_style); the paper chooses only inside the denoiser.
-    layers: what is put on the encoders. notes: sentences about parts that fit no encoder.
+    dW = te_weight * sum over the LoRAs of weight * dW_b; the paper chooses only inside the denoiser. A weight that varies with the step
+    counts in full. layers: what is put on the encoders. notes: sentences about parts that fit no encoder.
     """
 
-    def __init__(self, encoders: dict[str, nn.Module], subject: LoraFile, style: LoraFile, settings: FuseSettings):
+    def __init__(self, encoders: dict[str, nn.Module], subjects: Sequence[LoraFile], styles: Sequence[LoraFile], settings: FuseSettings):
         """encoders: by their names in LoraFile.text. Raises FusionError for a part that was made for another encoder."""
         self.notes: list[str] = []
-        self._state = StepState(FuseSettings(method="direct"))
-        strengths = (settings.te_weight * settings.subject_weight, settings.te_weight * settings.style_weight)
-        found: dict[tuple[str, str], list[SiteBranch | None]] = {}
-        for side, (file, strength) in enumerate(zip((subject, style), strengths, strict=True)):
+        schedules = (
+            *one_each(settings.subject_schedules, len(subjects), "subject_weight"),
+            *one_each(settings.style_schedules, len(styles), "style_weight"),
+        )
+        found: dict[tuple[str, str], list[tuple[SiteBranch, float]]] = {}
+        for file, schedule in zip((*subjects, *styles), schedules, strict=True):
+            strength = settings.te_weight * schedule.full
             unmatched: list[str] = []
             for encoder, branches in file.text.items() if strength else ():
                 layers = _layers_by_flat_name(encoders[encoder]) if encoder in encoders else {}
@@ -252,42 +263,37 @@ class SummedTextParts:
                     if name not in layers:
                         unmatched.append(f"{encoder} {name}")
                         continue
-                    pair = found.setdefault((encoder, layers[name]), [None, None])
-                    pair[side] = _fitted(SiteBranch(branch, name=name, file=file.path.name), encoders[encoder], layers[name])
+                    fitted = _fitted(SiteBranch(branch, name=name, file=file.path.name), encoders[encoder], layers[name])
+                    found.setdefault((encoder, layers[name]), []).append((fitted, strength))
             if unmatched:
                 self.notes.append(
                     f"{len(unmatched)} text-encoder layers of {file.name} fit no text encoder of this model (such as {unmatched[0]})."
                 )
-        self.layers = [
-            FusedLayer(
-                name, encoders[encoder].get_submodule(name), [FusedSite(Site(name), (pair[0], pair[1]), strengths)], self._state, _weight_of
-            )
-            for (encoder, name), pair in found.items()
-        ]
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Put the sums on the encoders' layers; they are off again whatever happens inside."""
-        try:
-            for layer in self.layers:
-                layer.attach()
-            self._state.active = True
-            yield
-        finally:
-            self._state.active = False
-            for layer in self.layers:
-                layer.detach()
+        summands = [Summand(name, encoders[encoder].get_submodule(name), parts) for (encoder, name), parts in found.items()]
+        self._sum = LayerSum(summands, _weight_of)
+        self.layers = self._sum.layers
 
     @contextmanager
     def during_encoding(self, pipeline: Any) -> Iterator[None]:
         """Attach around the pipeline's encode_prompt, for as long as the with-block lasts."""
 
         def around(encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with self.attached():
+            with self._sum.attached():
                 return encode(*args, **kwargs)
 
         with wrapped(pipeline, "encode_prompt", around):
             yield
+
+
+def _step_of(scheduler: Any, calls: int) -> Step:
+    """The step that the next denoiser call is for. calls: how many were made before."""
+    timesteps = scheduler.timesteps
+    index = min(calls, len(timesteps) - 1)
+    try:
+        sigma = SchedulerSteps(scheduler).level(timesteps[index])
+    except SchedulerError:
+        sigma = math.nan
+    return Step.of(index, len(timesteps), sigma)
 
 
 def denoiser(pipeline: Any) -> nn.Module:

@@ -14,10 +14,11 @@ from ..guidance.correction import Kind
 from ..guidance.decode import decoding_half
 from ..lora.branch import Branch, LowRank, bound
 from .base import WebUIHost, refuse_replaced_denoiser
+from .capabilities import Call, Value
 from .forge_autograd import graph_through_inference_tensors
 from .fusion_pass import RowLayout
 from .guided_pass import HostVae
-from .reference_maker import BaseIdentity, file_identity
+from .reference_maker import JOB_ARGUMENTS, BaseIdentity, file_identity
 from .text_parts import TextPart, TextParts
 
 # Names under which our patches stand in a patcher begin with this.
@@ -31,6 +32,23 @@ CONDITIONAL = 0  # an entry of cond_or_uncond (sampling_function.py:153)
 
 class Forge(WebUIHost):
     name = "Forge"
+    needs = (
+        *WebUIHost.needs,
+        # The store of patches by file that this loader merges; Forge Neo has the same names around another one.
+        Value("backend.patcher.lora", "LoraLoader"),
+        Call("backend.patcher.base", "ModelPatcher.add_patches", 1, ("filename", "patches", "strength_patch", "online_mode")),
+        Call("backend.patcher.base", "ModelPatcher.clone", 1),
+        Call("backend.patcher.clip", "CLIP.clone", 1),
+        Call("backend.patcher.clip", "CLIP.add_patches", 1, ("filename", "patches", "strength_patch", "online_mode")),
+        Call("backend.patcher.unet", "UnetPatcher.add_extra_preserved_memory_during_sampling", 2),
+        Call("backend.operations", "get_weight_and_bias", 1, ("weight_args", "weight_fn")),
+        Value("backend.modules.k_prediction", "PredictionFlux"),
+        Value("backend.args", "dynamic_args"),
+        Call("modules.sd_models", "model_data.get_sd_model"),
+        Value("modules.sd_models", "model_data.forge_loading_parameters"),
+        Call("modules.sd_samplers_common", "store_latent", 1),
+        Call("modules.processing", "StableDiffusionProcessingTxt2Img", keywords=(*JOB_ARGUMENTS, "distilled_cfg_scale")),
+    )
 
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
         refuse_replaced_denoiser()

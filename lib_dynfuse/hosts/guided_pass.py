@@ -23,6 +23,7 @@ from ..guidance.references import Reference
 from ..guidance.score import Targets
 from ..settings import FuseSettings
 from .sampler_levels import level_of
+from .seams import argument
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class GuidedPass:
         """One CFGDenoiser.forward, corrected. call: it. again: to be called before it is called a second time."""
         if self._stopped:
             return call(*args, **kwargs)
-        x, sigma = _argument(args, kwargs, 0, "x"), _argument(args, kwargs, 1, "sigma")
+        x, sigma = argument(args, kwargs, 0, "x"), argument(args, kwargs, 1, "sigma")
         guide = self._guide_for(cfg_denoiser, x)
         s = float(self._host.noise_levels(cfg_denoiser, sigma[:1])) if guide is not None else 0.0
         if guide is None or not guide.wants(s):
@@ -184,7 +185,7 @@ class GuidedPass:
         # The latent that the score is differentiated by is in VE units; on eps it comes to us divided by sqrt(1 + s^2).
         unit = 1.0 / math.sqrt(1.0 + level.s**2) if self._host.works_on_eps(cfg_denoiser) else 1.0
         with self._host.differentiable(cfg_denoiser, args, kwargs) as (args, kwargs):
-            x = _argument(args, kwargs, 0, "x")
+            x = argument(args, kwargs, 0, "x")
             prediction = call(*args, **kwargs)
             denoised = self._host.denoised(cfg_denoiser, x, level.s, prediction)
             shift = guide.exact_shift(denoised, x, level, unit=unit, mask=mask)
@@ -276,10 +277,6 @@ def _decoder_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
-    return args[position] if len(args) > position else kwargs[name]
 
 
 __all__ = ["Decoders", "Guided", "GuidedPass", "HostVae", "memory_needed"]

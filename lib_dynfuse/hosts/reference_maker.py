@@ -7,6 +7,7 @@ weight of one LoRA of the pair at 0 and without any script. It shows in the WebU
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from PIL import Image
 from ..guidance.encoders import Encoders
 from ..guidance.references import Reference, ReferenceCache, ReferenceKey, reference_of_given, sides_needed
 from ..settings import FuseSettings
+from ..strength import number_text
 from .lora_files import FileVersion
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,23 @@ log = logging.getLogger(__name__)
 # Options of the WebUI that change every picture and are not in a job's own fields.
 _OPTIONS = ("CLIP_stop_at_last_layers", "emphasis", "randn_source", "eta_noise_seed_delta", "sdxl_crop_top", "sdxl_crop_left")
 _FIELDS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "tiling", "subseed_strength")
+
+# What a reference's job takes over from the picture's, and what it says itself: arguments of StableDiffusionProcessingTxt2Img.
+_TAKEN_OVER = (
+    *("outpath_samples", "outpath_grids", "sampler_name", "steps", "cfg_scale", "width", "height", "tiling"),
+    *("eta", "s_churn", "s_tmin", "s_tmax", "s_noise"),
+)
+_OF_ITS_OWN: Mapping[str, Any] = {
+    **{"styles": [], "subseed": -1, "subseed_strength": 0, "batch_size": 1, "n_iter": 1, "restore_faces": False},
+    **{
+        "do_not_save_samples": True,
+        "do_not_save_grid": True,
+        "do_not_reload_embeddings": True,
+        "override_settings": {},
+        "enable_hr": False,
+    },
+}
+JOB_ARGUMENTS = ("sd_model", "prompt", "negative_prompt", "seed", "scheduler", *_TAKEN_OVER, *_OF_ITS_OWN)
 
 
 class ReferenceFailed(RuntimeError):
@@ -141,34 +160,12 @@ class ReferenceMaker:
         p = self.p
         job = StableDiffusionProcessingTxt2Img(
             sd_model=p.sd_model,
-            outpath_samples=p.outpath_samples,
-            outpath_grids=p.outpath_grids,
             prompt=f"{self._prompt(side)} {self.tags}".strip(),
             negative_prompt=p.all_negative_prompts[self._first_image],
-            styles=[],
             seed=self._seed,
-            subseed=-1,
-            subseed_strength=0,
-            sampler_name=p.sampler_name,
             scheduler=getattr(p, "scheduler", None),
-            batch_size=1,
-            n_iter=1,
-            steps=p.steps,
-            cfg_scale=p.cfg_scale,
-            width=p.width,
-            height=p.height,
-            tiling=p.tiling,
-            restore_faces=False,
-            eta=p.eta,
-            s_churn=p.s_churn,
-            s_tmin=p.s_tmin,
-            s_tmax=p.s_tmax,
-            s_noise=p.s_noise,
-            do_not_save_samples=True,
-            do_not_save_grid=True,
-            do_not_reload_embeddings=True,
-            override_settings={},
-            enable_hr=False,
+            **{name: getattr(p, name) for name in _TAKEN_OVER},
+            **copy.deepcopy(dict(_OF_ITS_OWN)),
             **self.more,
         )
         # Conditionings of its own: those of the class are shared by all jobs.
@@ -178,11 +175,21 @@ class ReferenceMaker:
 
 
 def alone(settings: FuseSettings, side: str) -> FuseSettings:
-    """The fusion that uses one LoRA of the pair and nothing of the other (Eq. 14-15)."""
+    """The fusion that uses one side's LoRAs in full, and nothing of the other's (Eq. 14-15)."""
     other = "style" if side == "subject" else "subject"
-    changes: dict[str, Any] = {f"{other}_weight": 0.0, f"{side}_weight": getattr(settings, f"{side}_weight")}
+    changes: dict[str, Any] = {
+        f"{other}_weight": 0.0,
+        f"{side}_weight": full_weight(settings, side),
+        f"{side}_blocks": getattr(settings, f"{side}_blocks"),
+    }
     plain = FuseSettings(subject=settings.subject, style=settings.style, method="direct", te_weight=settings.te_weight)
     return replace(plain, **changes)
+
+
+def full_weight(settings: FuseSettings, side: str) -> float | str:
+    """A side's weight without its course over the steps: that of each of its LoRAs where it is farthest from 0."""
+    weights = [schedule.full for schedule in getattr(settings, f"{side}_schedules")]
+    return weights[0] if len(set(weights)) == 1 else "+".join(map(number_text, weights))
 
 
 def activation_text(lora_path: str) -> str | None:
@@ -270,6 +277,7 @@ def own_random_state() -> Iterator[None]:
 
 
 __all__ = [
+    "JOB_ARGUMENTS",
     "BaseIdentity",
     "Interrupted",
     "ReferenceFailed",

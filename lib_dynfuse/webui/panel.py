@@ -67,6 +67,16 @@ class Panel:
         return [self.enabled, *self.fields.values()]
 
 
+def build_notice(tab: str, sentence: str) -> Any:
+    """The accordion with a sentence in place of the controls. Returns its switch, the script's only argument."""
+    from modules.ui_components import InputAccordion
+
+    with InputAccordion(False, label=TITLE, elem_id=f"dynfuse_{tab}_panel") as enabled:
+        gr.HTML(value=f"<p>{html.escape(sentence)}</p>", elem_id=f"dynfuse_{tab}_off")
+    enabled.webui_tooltip = SWITCH_TOOLTIP
+    return enabled
+
+
 def build(tab: str, host: WebUIHost) -> Panel:
     """Build the accordion inside the current gradio context. tab: "txt2img" or "img2img"; it keeps element ids apart."""
     # Looked up at each build: Reload UI may reload the host's ui modules (initialize.py, initialize_rest).

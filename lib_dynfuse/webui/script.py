@@ -2,17 +2,19 @@
 
 The panel's settings travel as a prompt tag: the batch's first prompt gets one before the host parses it, so that panel,
 tag and API take one path, and the host's caches of text conditionings see the settings. The host part of DynFuse reads it.
+
+No hook of ours raises, and in a WebUI that DynFuse does not fit (WebUIHost.off) none of them does anything but say so.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from modules import errors, extra_networks, script_callbacks, scripts
-from modules.infotext_utils import PasteField
 
 from ..guidance.guide import wants_guidance
 from ..hosts.base import detect
@@ -21,7 +23,28 @@ from ..text import infotext, tag
 from . import options, panel, results
 from .arguments import read_arguments
 
+log = logging.getLogger(__name__)
+
 EXTRA_NETWORK = "dynfuse"
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def _harmless(hook: Hook) -> Hook:
+    """The hook, whose errors are logged once and then end with it: whatever the WebUI was about to do is done."""
+    failed: list[bool] = []
+
+    @functools.wraps(hook)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(*args, **kwargs)
+        except Exception:
+            if not failed:
+                failed.append(True)
+                log.exception("DynFuse failed in %s; the WebUI goes on as if it were not there", hook.__name__.lstrip("_"))
+            return None
+
+    return guarded  # type: ignore[return-value]
 
 
 class DynFuseScript(scripts.Script):
@@ -37,27 +60,45 @@ class DynFuseScript(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img: bool) -> list[Any]:
-        built = self._panel = panel.build(_tab(is_img2img), detect())
-        functions = panel.paste_functions(detect())
+        return self._ui(is_img2img) or []  # without controls the hooks are called without arguments: switched off
+
+    @_harmless
+    def _ui(self, is_img2img: bool) -> list[Any]:
+        self._panel = None
+        host = detect()
+        if host.off is not None:
+            return [panel.build_notice(_tab(is_img2img), host.off)]
+        from modules.infotext_utils import PasteField
+
+        built = panel.build(_tab(is_img2img), host)
+        functions = panel.paste_functions(host)
         self.infotext_fields = [
             PasteField(built.enabled, functions["enabled"]),
             *(PasteField(control, functions[name]) for name, control in built.fields.items()),
         ]
         # "Send to img2img" carries over the controls whose paste functions are listed here (infotext_utils.connect_paste_params_buttons).
         self.paste_field_names = list(functions.values())
+        self._panel = built
         return built.arguments
 
+    @_harmless
     def after_component(self, component: Any, **kwargs: Any) -> None:
         tab = _tab(self.is_img2img)
         if self._panel is not None and kwargs.get("elem_id") == f"generation_info_{tab}":
             panel.refresh_result_on_change(component, self._panel, functools.partial(results.result_html, tab), detect())
 
+    @_harmless
     def process(self, p: Any, *arguments: Any) -> None:
+        prompts = [*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or [])]
+        tags = [items for prompt in prompts for items in tag.find_tags(prompt)]
+        off = detect().off
+        if off is not None:
+            if tags or _is_switched_on(arguments):
+                _say(p, off)
+            return
         results.forget(_tab(self.is_img2img))
         for key in [key for key in p.extra_generation_params if key == infotext.ENABLED or key.startswith(f"{infotext.ENABLED} ")]:
             del p.extra_generation_params[key]
-        prompts = [*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or [])]
-        tags = [items for prompt in prompts for items in tag.find_tags(prompt)]
         names = [name for settings in _readable(tags) for name in settings.subjects + settings.styles]
         settings = _settings_or_none(arguments)
         # A tag in a prompt goes before the panel, whose settings then made no image.
@@ -66,10 +107,9 @@ class DynFuseScript(scripts.Script):
             names += settings.subjects + settings.styles
         p.extra_generation_params.update(infotext.hash_field(names, detect().lora_hash))
         if p.disable_extra_networks and (settings is not None or tags):
-            note = "extra networks are disabled for this job, so the LoRAs were not fused"
-            p.comment(f"DynFuse: {note}")
-            p.extra_generation_params[infotext.NOTE] = note
+            _say(p, "extra networks are disabled for this job, so the LoRAs were not fused")
 
+    @_harmless
     def before_process_batch(self, p: Any, *arguments: Any, prompts: list[str], **kwargs: Any) -> None:
         text = _tag_for(arguments)
         if text and prompts and (tag.is_error(text) or not tag.find_tags(prompts[0])):
@@ -77,15 +117,18 @@ class DynFuseScript(scripts.Script):
             # prompts is the batch's own slice of p.all_prompts; the infotext's prompt stays as the user wrote it.
             prompts[0] = text + prompts[0]
 
+    @_harmless
     def process_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
         text = _tag_for(arguments)
         data = getattr(p, "hr_extra_network_data", None) if getattr(p, "enable_hr", False) else None
         if text and data is not None and EXTRA_NETWORK not in data:
             data[EXTRA_NETWORK] = [extra_networks.ExtraNetworkParams(items=items) for items in tag.find_tags(text)]
 
+    @_harmless
     def process_before_every_sampling(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
         detect().before_sampling(p)
 
+    @_harmless
     def postprocess(self, p: Any, processed: Any, *arguments: Any) -> None:
         results.remember(_tab(self.is_img2img), detect().passes(p))
 
@@ -107,30 +150,43 @@ class DynFuseNetwork(extra_networks.ExtraNetwork):
 
 def register() -> None:
     """Tell the host about us. Called each time it loads the script file; it has forgotten all callbacks by then."""
-    options.register()
-    script_callbacks.on_before_ui(_before_ui)
-    script_callbacks.on_script_unloaded(_unloaded)
-    script_callbacks.on_infotext_pasted(_infotext_pasted)
-    script_callbacks.on_image_saved(_image_saved)
+    # All of them are looked up before the first is given away: without one of them DynFuse is not begun.
+    callbacks = [
+        (script_callbacks.on_before_ui, _before_ui),
+        (script_callbacks.on_script_unloaded, _unloaded),
+        (script_callbacks.on_infotext_pasted, _infotext_pasted),
+        (script_callbacks.on_image_saved, _image_saved),
+    ]
+    _harmless(options.register)()  # every option has a default where it is read
+    for tell, callback in callbacks:
+        tell(callback)
 
 
+@_harmless
 def _before_ui() -> None:
     # Not earlier: the registry of extra networks is emptied after the scripts have loaded (initialize.py, initialize_rest).
     # Also called without a user interface (--nowebui).
-    extra_networks.register_extra_network(DynFuseNetwork())
-    detect().install(tag.parse_tags)
+    host = detect()
+    host.install(tag.parse_tags)
+    if host.off is None:
+        extra_networks.register_extra_network(DynFuseNetwork())
 
 
+@_harmless
 def _unloaded() -> None:
     detect().uninstall()
 
 
+@_harmless
 def _image_saved(parameters: Any) -> None:
     # Also called for images of other tabs, with whatever they have for a processing object.
     results.save_beside(parameters.filename, detect().passes(parameters.p))
 
 
+@_harmless
 def _infotext_pasted(text: str, entries: dict[str, Any]) -> None:
+    if detect().off is not None:
+        return
     hashes = infotext.read_hashes(entries)
     for key in ("Prompt", "Hires prompt"):
         if hashes and entries.get(key):
@@ -138,11 +194,23 @@ def _infotext_pasted(text: str, entries: dict[str, Any]) -> None:
     panel.warn_about_paste(entries, detect())
 
 
+def _say(p: Any, note: str) -> None:
+    """Put a sentence under the picture, and into its parameters for API clients."""
+    p.comment(note if note.startswith("DynFuse") else f"DynFuse: {note}")
+    p.extra_generation_params[infotext.NOTE] = note
+
+
 def _tab(is_img2img: bool) -> str:
     return "img2img" if is_img2img else "txt2img"
 
 
+def _is_switched_on(arguments: Sequence[Any]) -> bool:
+    return bool(arguments and arguments[0])
+
+
 def _settings_or_none(arguments: Sequence[Any]) -> FuseSettings | None:
+    if not _is_switched_on(arguments):
+        return None
     try:
         return read_arguments(arguments, detect().reference_cache)
     except SettingsError:
@@ -166,8 +234,13 @@ def _readable(tags: list[list[str]]) -> Iterator[FuseSettings]:
 
 def _tag_for(arguments: Sequence[Any]) -> str | None:
     """The tag that says what the panel or the API asks for, also when it asks for something impossible; None when switched off."""
+    if not _is_switched_on(arguments):
+        return None
     try:
-        settings = read_arguments(arguments, detect().reference_cache)
+        host = detect()
+        if host.off is not None:
+            return None
+        settings = read_arguments(arguments, host.reference_cache)
     except SettingsError as error:
         return tag.format_error(str(error))
     except Exception as error:

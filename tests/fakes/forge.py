@@ -148,7 +148,10 @@ class FakeForge(FakeWebUI):
     def __init__(self, files, **kwargs):
         super().__init__(files, **kwargs)
         self.memory_is_short = False
+        self.module("backend.patcher.base", ModelPatcher=ModelPatcher)
+        self.module("backend.patcher.lora", LoraLoader=LoraLoader)
         self.module("backend.patcher.clip", CLIP=CLIP)
+        self.module("backend.patcher.unet", UnetPatcher=UnetPatcher)
         self.module("backend.operations", get_weight_and_bias=get_weight_and_bias)
         self.module("backend.args", dynamic_args={})
         self.module("backend.modules.k_prediction", PredictionFlux=PredictionFlux)

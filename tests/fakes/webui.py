@@ -187,10 +187,16 @@ class FakeWebUI:
         self.module("modules.sd_models", model_data=types.SimpleNamespace(get_sd_model=lambda: shared.sd_model))
         self.module("modules.sd_samplers_common", apply_refiner=self.apply_refiner, InterruptedException=InterruptedException)
         self.module("modules.sd_samplers_cfg_denoiser", CFGDenoiser=self.denoiser_class())
-        self.module("modules.extra_networks", activate=self.activate, parse_prompt=self.parse_prompt)
+        self.module(
+            "modules.extra_networks",
+            activate=self.activate,
+            parse_prompt=self.parse_prompt,
+            register_extra_network=self.register_extra_network,
+        )
         self.module(
             "modules.processing",
             process_images_inner=self.process_images_inner,
+            StableDiffusionProcessing=Processing,
             StableDiffusionProcessingTxt2Img=StableDiffusionProcessingTxt2Img,
         )
         self.module(
@@ -250,9 +256,11 @@ class FakeWebUI:
 
         return re.sub(r"<(\w+):([^>]+)>", found, prompt), dict(data)
 
-    def activate(self, p, data):
+    def register_extra_network(self, extra_network): ...
+
+    def activate(self, p, extra_network_data):
         self.activations += 1
-        params = data.get("lora", [])
+        params = extra_network_data.get("lora", [])
         # What an ExtraNetwork's activate raises is printed, and the job goes on (extra_networks.py:118).
         with contextlib.suppress(Exception):
             strengths = [float(x.positional[1]) if len(x.positional) > 1 else 1.0 for x in params]

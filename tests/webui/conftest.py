@@ -17,6 +17,7 @@ class FakeHost:
     """What hosts.base.WebUIHost promises, over a dict of LoRAs: name -> hash."""
 
     name = "fake"
+    off = None
 
     def __init__(self, folder, loras=None, previews=None):
         self.reference_cache = ReferenceCache(folder)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers", reason="the world's model is a diffusers pipeline")
 
 from dynfuse_world import benchmark, model
-from dynfuse_world.benchmark.making import Studio, random_choice, shipped_judge
+from dynfuse_world.benchmark.making import RandomChoice, Studio, random_choice, shipped_judge
 from dynfuse_world.benchmark.methods import ROWS, row_of
 from dynfuse_world.benchmark.protocol import TUNING
 from dynfuse_world.benchmark.run import made
@@ -124,16 +124,15 @@ def test_a_random_choice_uses_one_lora_in_each_layer_of_each_picture(weights):
     unet = model.load_network(model.new_unet(), weights / "unet.safetensors")
     files = [weights / "loras" / f"{name}.safetensors" for name in (PAIR.subject, PAIR.style)]
     tensors, loras = [load_file(file) for file in files], [read_lora(file) for file in files]
-    choice = random_choice(PAIR, SEEDS)
     generator = torch.Generator().manual_seed(1)
     latent, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, model.TEXT_WIDTH, generator=generator)
-    session = FusionSession(unet, *loras, FuseSettings(), choice=choice)
+    session = FusionSession(unet, *loras, FuseSettings(), rule=RandomChoice(PAIR, SEEDS))
     with torch.no_grad(), session.attached(Rows((0, 1), (True, True), 2)):
         fused = unet(latent, 500, text).sample
     tables = []
     for image in range(len(SEEDS)):
         merged = copy.deepcopy(unet)
-        table = {site.layer: bool(choice(site)[image]) for site in (layer.sites[0].site for layer in session.layers)}
+        table = {site.layer: bool(random_choice(PAIR, SEEDS, site)[image]) for site in (layer.sites[0].site for layer in session.layers)}
         for name, of_subject in table.items():
             key, side = f"lora_unet_{name.replace('.', '_')}", tensors[0 if of_subject else 1]
             merged.get_submodule(name).weight.data += side[f"{key}.lora_up.weight"] @ side[f"{key}.lora_down.weight"]
@@ -148,10 +147,10 @@ def test_a_random_choice_uses_one_lora_in_each_layer_of_each_picture(weights):
 def test_a_coin_between_a_lora_and_nothing_leaves_the_base_model_where_the_lora_lost(weights, studio):
     outcome = made_of(studio, row_of("random style_weight=0", "tried"))
     pipeline = model.load_pipeline(weights)
-    tensors, choice = load_file(weights / "loras" / f"{PAIR.subject}.safetensors"), random_choice(PAIR, SEEDS)
+    tensors = load_file(weights / "loras" / f"{PAIR.subject}.safetensors")
     for name, module in pipeline.unet.named_modules():
         key = f"lora_unet_{name.replace('.', '_')}"
-        if f"{key}.lora_up.weight" in tensors and bool(choice(Site(name))[0]):
+        if f"{key}.lora_up.weight" in tensors and bool(random_choice(PAIR, SEEDS, Site(name))[0]):
             module.weight.data += tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
     generator = torch.Generator().manual_seed(SEEDS[0])
     image = pipeline(PAIR.prompt, num_inference_steps=STEPS, guidance_scale=5.0, generator=generator).images[0]
@@ -161,8 +160,8 @@ def test_a_coin_between_a_lora_and_nothing_leaves_the_base_model_where_the_lora_
 
 def test_a_random_choice_is_the_same_every_time_and_another_for_another_pair():
     site, seeds = Site("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), tuple(range(64))
-    assert torch.equal(random_choice(PAIR, seeds)(site), random_choice(PAIR, seeds)(site))
-    assert not torch.equal(random_choice(PAIR, seeds)(site), random_choice(TUNING[1], seeds)(site))
+    assert torch.equal(random_choice(PAIR, seeds, site), random_choice(PAIR, seeds, site))
+    assert not torch.equal(random_choice(PAIR, seeds, site), random_choice(TUNING[1], seeds, site))
 
 
 def test_rows_that_choose_on_their_own_are_the_products_and_both_are_in_the_trace(studio, weights):
