@@ -105,6 +105,20 @@ def block_factors(text: BlockText, blocks: Blocks) -> dict[str, float]:
     return factors
 
 
+def text_factors(text: BlockText, family: str | None) -> dict[str, float]:
+    """Factor of the block weights on each text encoder ("te1", "te2", "t5") of a LoRA for this base model.
+
+    Blocks that the model does not have are for the denoiser to refuse: they count for nothing here.
+    """
+    blocks = Blocks.of_model(families.reference_layers(family)) if family is not None else Blocks(())
+    try:
+        factors = block_factors(text, blocks)
+    except SettingsError:
+        factors = {}
+    base = factors.get(TEXT, 1.0)
+    return {"te1": base, "te2": base, "t5": factors.get("t5", base)}
+
+
 def listing(names: Sequence[str]) -> str:
     """ "base, in0 to in8, mid": names with neighbouring numbers as ranges."""
     runs: list[str] = []
@@ -145,4 +159,4 @@ def _number(name: str) -> int:
     return int(name[len(_group(name)) :] or 0)
 
 
-__all__ = ["REST", "TEXT", "Blocks", "block_factors", "listing"]
+__all__ = ["REST", "TEXT", "Blocks", "block_factors", "listing", "text_factors"]
