@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
+from ..printable import printable
 from . import families
 from .branch import Branch, Dense, LoraError, LowRank, NormShift
+from .contents import opened
 from .families import (
     has_variable_input,
     is_kernel,
@@ -65,8 +64,8 @@ class LoraFile:
 def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     """Read a LoRA file (.safetensors; .pt, .ckpt and .bin as tensors only). Raises LoraError: one sentence, file and reason."""
     path = Path(path)
-    keys, load, metadata = _opened(path)
-    parsed = {key: parse_key(key) for key in keys}
+    contents = opened(path)
+    parsed = {key: parse_key(key) for key in contents.keys}
     groups: dict[tuple[str, str], dict[str, str]] = {}  # (component, layer) -> role -> key
     embeddings: list[str] = []
     unmatched = [key for key, name in parsed.items() if name is None]
@@ -78,7 +77,8 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
             continue
         roles = groups.setdefault((name.component, name.layer), {})
         if name.role in roles:
-            raise LoraError(f"{path.name} cannot be used: it holds layer {name.layer} twice, as {roles[name.role]} and as {key}.")
+            first, second = printable(roles[name.role]), printable(key)
+            raise LoraError(f"{path.name} cannot be used: it holds layer {printable(name.layer)} twice, as {first} and as {second}.")
         roles[name.role] = key
     for roles in groups.values():
         # A plain "weight" is a whole layer's, of a checkpoint; beside "on_input" it is the vector of IA3.
@@ -86,9 +86,9 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
             unmatched.append(roles.pop("weight"))
     if not any(_changes_something(roles) for roles in groups.values()):
         raise LoraError(_no_lora(path, list(parsed)))
-    tensors = load([key for roles in groups.values() for key in roles.values()])
+    tensors = contents.load([key for roles in groups.values() for key in roles.values()])
     _refuse_infinite(path, tensors)
-    return _taken_apart(path, groups, tensors, unmatched, list(dict.fromkeys(embeddings)), metadata, parsed)
+    return _taken_apart(path, groups, tensors, unmatched, list(dict.fromkeys(embeddings)), contents.metadata, parsed)
 
 
 def _taken_apart(
@@ -113,7 +113,7 @@ def _taken_apart(
             made = branch_of(_norm_roles(layer, {role: tensors[key] for role, key in roles.items()}))
         except LoraError as error:
             if known:
-                raise LoraError(f"{path.name} cannot be used: at layer {layer}, {error}.") from None
+                raise LoraError(f"{path.name} cannot be used: at layer {printable(layer)}, {error}.") from None
             unmatched.extend(roles.values())
             continue
         if made is None or (isinstance(made[1], NormShift) and component != "denoiser"):
@@ -140,7 +140,7 @@ def _taken_apart(
     if len(unknown) == len(denoiser) + len(norms) + sum(len(layers) for layers in text.values()):
         names = ", ".join(known.name for known in families.FAMILIES)
         raise LoraError(
-            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {names}."
+            f"{path.name} was made for another kind of model: its layers, such as {printable(unknown[0])}, belong to none of {names}."
             if unknown
             else _no_lora(path, list(parsed))
         )
@@ -169,83 +169,17 @@ def _taken_apart(
     )
 
 
-_Load = Callable[[Iterable[str]], dict[str, Tensor]]
-
-
-def _opened(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
-    """(keys, function that loads the tensors of some keys, metadata) of a file. Raises LoraError."""
-    try:
-        with open(path, "rb") as file:
-            beginning = file.read(9)
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise LoraError(f"{path.name} cannot be read: there is no such file.") from None
-    except IsADirectoryError:
-        raise LoraError(f"{path.name} cannot be read: it is a folder.") from None
-    except OSError as error:
-        raise LoraError(f"{path.name} cannot be read: {error.strerror or error}.") from None
-    if size == 0:
-        raise LoraError(f"{path.name} cannot be read: the file is empty.")
-    # Contents before endings; and the header first, as its length may begin with the bytes that mark a pickle or a zip archive.
-    pickled = beginning.startswith((b"PK", b"\x80")) or path.suffix.lower() in (".pt", ".ckpt", ".bin", ".pth")
-    if pickled and beginning[8:] != b"{":
-        return _opened_pickle(path)
-    return _opened_safetensors(path, beginning[:8], size)
-
-
-def _opened_safetensors(path: Path, beginning: bytes, size: int) -> tuple[list[str], _Load, dict[str, str]]:
-    header = int.from_bytes(beginning, "little")
-    # safetensors reports a cut-off file and one that never was a safetensors file by the same error.
-    if len(beginning) < 8 or header > size - 8:
-        reason = "it is cut off" if len(beginning) == 8 and header < 100_000_000 else "it is no safetensors file"
-        raise LoraError(f"{path.name} cannot be read: {reason}.")
-
-    def load(keys: Iterable[str]) -> dict[str, Tensor]:
-        try:
-            with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
-                # Clones, because a tensor that safetensors maps from the file would change, or kill the process, with the file.
-                return {key: file.get_tensor(key).clone() for key in keys}
-        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise LoraError(f"{path.name} cannot be read: {_first_line(error)}.") from None
-
-    try:
-        with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
-            return list(file.keys()), load, dict(file.metadata() or {})
-    except SafetensorError as error:
-        reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else _first_line(error)
-        raise LoraError(f"{path.name} cannot be read: {reason}.") from None
-
-
-def _opened_pickle(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise LoraError(f"{path.name} was not opened: it is damaged or holds other things than tensors, which might be code.") from None
-    except Exception as error:  # a damaged pickle makes its reader fail in any way, struct.error and AssertionError among them
-        raise LoraError(f"{path.name} cannot be read: it is damaged ({_first_line(error)}).") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    # A1111 replaces torch.load by its own check, which prints its refusal and returns None.
-    if not isinstance(content, Mapping):
-        raise LoraError(f"{path.name} is no LoRA: it holds no named tensors.")
-    tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
-    return list(tensors), lambda keys: {key: tensors[key] for key in keys}, {}
-
-
 def _refuse_infinite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise LoraError if a tensor holds NaN or an infinity, which would make every picture black, even at weight 0."""
     for key, tensor in tensors.items():
         # A sum costs a fraction of looking at each number, and only finite numbers can have a finite one.
-        if not tensor.is_floating_point() or math.isfinite(tensor.sum(dtype=torch.float32).item()):
+        # torch cannot add up numbers of 8 bits.
+        numbers = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        if not numbers.is_floating_point() or math.isfinite(numbers.sum(dtype=torch.float32).item()):
             continue
-        numbers = tensor.float()
         if not torch.isfinite(numbers).all():
             what = "NaN, which is no number" if numbers.isnan().any() else "an infinite number"
-            raise LoraError(f"{path.name} cannot be used: its tensor {key} holds {what}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise LoraError(f"{path.name} cannot be used: its tensor {printable(key)} holds {what}.")
 
 
 def _changes_something(roles: Mapping[str, str]) -> bool:
@@ -260,7 +194,7 @@ def _no_lora(path: Path, keys: list[str]) -> str:
     elif any(key in ("emb_params", "string_to_param", "clip_l", "clip_g") for key in keys):
         what = "it is an embedding (textual inversion)"
     else:
-        what = f"none of its {len(keys)} tensors, such as {keys[0]}, is named as in a LoRA"
+        what = f"none of its {len(keys)} tensors, such as {printable(keys[0])}, is named as in a LoRA"
     return f"{path.name} is no LoRA: {what}."
 
 
