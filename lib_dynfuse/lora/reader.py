@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..printable import printable
-from . import families
-from .branch import Branch, Dense, LoraError, LowRank, NormShift
-from .contents import opened
+from . import cloneofsimo, families
+from .adapter_config import AdapterConfig, Alpha, has_strength
+from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift
+from .contents import Contents, opened
 from .families import (
     has_variable_input,
     is_kernel,
@@ -43,7 +45,8 @@ class LoraFile:
     text: encoder ("te1" CLIP-L and the only one of SD 1.x and 2.x, "te2" CLIP-G, "t5") -> layer -> branch.
     ranks: rank -> number of layers. kinds: "LoRA", "LoHa", ... -> number of layers.
     unmatched: keys that no layer of the family's published model takes (a model at hand may differ, so they are kept).
-    embeddings: names of bundled embeddings. keys: denoiser layer -> the file's keys for it.
+    embeddings: names of bundled embeddings. keys: denoiser layer -> the file's keys for it. alphas: what the strengths of the layers whose
+    kind has one are made from -> number of layers; None for those of strength 1, because nothing is said.
     """
 
     path: Path
@@ -59,13 +62,14 @@ class LoraFile:
     embeddings: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    alphas: dict[Alpha | None, int] = field(default_factory=dict)
 
 
 def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     """Read a LoRA file (.safetensors; .pt, .ckpt and .bin as tensors only). Raises LoraError: one sentence, file and reason."""
     path = Path(path)
     contents = opened(path)
-    parsed = {key: parse_key(key) for key in contents.keys}
+    parsed = _parsed(path, contents)
     groups: dict[tuple[str, str], dict[str, str]] = {}  # (component, layer) -> role -> key
     embeddings: list[str] = []
     unmatched = [key for key, name in parsed.items() if name is None]
@@ -91,6 +95,18 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     return _taken_apart(path, groups, tensors, unmatched, list(dict.fromkeys(embeddings)), contents.metadata, parsed)
 
 
+def _parsed(path: Path, contents: Contents) -> dict[str, KeyName | None]:
+    """What each key says."""
+    if not cloneofsimo.is_numbered(contents.keys):
+        return {key: parse_key(key) for key in contents.keys}
+    shapes = {key: tuple(tensor.shape) for key, tensor in contents.load(contents.keys).items()}
+    try:
+        names = cloneofsimo.names(contents.keys, contents.metadata, shapes)
+    except ValueError as error:
+        raise LoraError(f"{path.name} cannot be used: it is of cloneofsimo's kind, and {error}.") from None
+    return {key: names.get(key) for key in contents.keys}
+
+
 def _taken_apart(
     path: Path,
     groups: Mapping[tuple[str, str], Mapping[str, str]],
@@ -107,10 +123,16 @@ def _taken_apart(
     kinds: Counter[str] = Counter()
     ranks: Counter[int] = Counter()
     unknown: list[str] = []
+    alphas: Counter[Alpha | None] = Counter()
+    config = AdapterConfig(path, metadata)
     for (component, layer), roles in groups.items():
         known = layout_of(layer) is not None if component == "denoiser" else known_text_layer(component, layer)
+        own = {role: tensors[key] for role, key in roles.items()}
         try:
-            made = branch_of(_norm_roles(layer, {role: tensors[key] for role, key in roles.items()}))
+            further, alpha = config.of(next(name for key in roles.values() if (name := parsed[key])), own)
+            made = branch_of(_norm_roles(layer, {**own, **further}))
+            if made is not None:
+                _refuse_scaled_bias(component, layer, own, made[1])
         except LoraError as error:
             if known:
                 raise LoraError(f"{path.name} cannot be used: at layer {printable(layer)}, {error}.") from None
@@ -134,6 +156,8 @@ def _taken_apart(
             else:
                 denoiser[layer] = branch
         kinds[kind] += 1
+        if has_strength(own):
+            alphas[alpha] += 1
         rank = None if isinstance(branch, NormShift) else branch.rank
         if rank is not None:
             ranks[rank] += 1
@@ -166,6 +190,7 @@ def _taken_apart(
         embeddings=embeddings,
         metadata=metadata,
         keys=keys_of,
+        alphas=dict(alphas.most_common()),
     )
 
 
@@ -183,7 +208,25 @@ def _refuse_infinite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _changes_something(roles: Mapping[str, str]) -> bool:
-    return bool(roles.keys() - {"alpha", "scale", "dora_scale", "magnitude", "on_input", "rescale", "bias"})
+    return bool(roles.keys() - {"alpha", "scale", "dora_scale", "magnitude", "on_input", "rescale", "bias", "oft_s", "boft_s"})
+
+
+# What the tensors' names of PEFT's other kinds have in them.
+_PEFT_KINDS = {
+    ".lora_E": "AdaLoRA",
+    ".vera_lambda": "VeRA",
+    ".hra_u": "HRA",
+    ".ln_tuning_layers": "LN tuning",
+    ".fourierft_": "FourierFT",
+    ".vblora_": "VB-LoRA",
+    ".bone_": "Bone",
+    ".miss_block": "MiSS",
+    ".randlora_": "RandLoRA",
+    ".shira_weight": "SHiRA",
+    ".c3a_kernel": "C3A",
+    ".road_": "RoAd",
+    ".delora_": "DeLoRA",
+}
 
 
 def _no_lora(path: Path, keys: list[str]) -> str:
@@ -193,9 +236,22 @@ def _no_lora(path: Path, keys: list[str]) -> str:
         what = "it is a whole model (checkpoint)"
     elif any(key in ("emb_params", "string_to_param", "clip_l", "clip_g") for key in keys):
         what = "it is an embedding (textual inversion)"
+    elif kind := next((kind for part, kind in _PEFT_KINDS.items() if any(part in key for key in keys)), None):
+        return f"{path.name} cannot be used: it is an adapter of PEFT's kind {kind}, which is not among those that are read."
     else:
         what = f"none of its {len(keys)} tensors, such as {printable(keys[0])}, is named as in a LoRA"
     return f"{path.name} is no LoRA: {what}."
+
+
+_WITHOUT_BIAS = re.compile(r".+_attn[12]_to_[qkv]")
+
+
+def _refuse_scaled_bias(component: str, layer: str, tensors: Mapping[str, Tensor], branch: Branch | NormShift) -> None:
+    """PEFT's IA3 scales a layer's output, its bias included, which a branch does not reach; a U-Net's to_q, to_k and to_v have none."""
+    if "ia3_l" not in tensors or not isinstance(branch, FromWeight) or branch.out is None:
+        return
+    if component != "denoiser" or _WITHOUT_BIAS.fullmatch(layer) is None:
+        raise LoraError("it scales the layer's output (IA3) and with it a bias, which cannot be scaled here")
 
 
 def _norm_roles(layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
