@@ -52,7 +52,8 @@ class AdapterConfig:
 
     def __init__(self, path: Path, metadata: Mapping[str, str]):
         self._path, self._metadata = path, metadata
-        self._parts: dict[str, _Part] | LoraError | None = None
+        self._parts: dict[str, _Part] | None = None
+        self._failure: LoraError | None = None
         self._source = ""
 
     def of(self, name: KeyName, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Alpha | None]:
@@ -86,15 +87,18 @@ class AdapterConfig:
         return {"scale": torch.tensor(scale, dtype=torch.float64)}, Alpha(value, self._source, rslora)
 
     def _part(self, name: KeyName) -> _Part:
+        if self._failure is not None:
+            raise self._failure
         if self._parts is None:
             try:
                 self._parts = self._read()
             except LoraError as error:
-                self._parts = error
-        parts = self._parts
-        if isinstance(parts, LoraError):
-            raise parts
-        return next((parts[part] for part in _PARTS[name.component] if part in parts), _NO_SETTINGS)
+                self._failure = error
+                raise
+        for part in _PARTS[name.component]:
+            if part in self._parts:
+                return self._parts[part]
+        return _NO_SETTINGS
 
     def _read(self) -> dict[str, _Part]:
         """The settings by the model's part that they are for, "" for all parts."""
