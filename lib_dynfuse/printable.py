@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any, TextIO
-
-# Control characters, formatting such as a change of the writing direction, and halves of surrogate pairs.
-_UNSEEN = {"Cc", "Cf", "Cs"}
 
 
 def printable(text: str, limit: int = 120) -> str:
-    """text in one line without control characters; beyond `limit` characters (at least 16), its beginning and its end."""
+    """text in one line, without characters that are not to be seen; beyond `limit` characters (at least 16), its beginning and its end."""
     far = len(text) > 8 * limit  # a text of megabytes takes no time
     head, tail = (_clean(text[: 4 * limit]), _clean(text[-4 * limit :])) if far else (_clean(text),) * 2
     if not far and len(head) <= limit:
@@ -34,15 +30,13 @@ def encodable(text: str, stream: TextIO) -> str:
 
 
 def _clean(text: str) -> str:
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_seen(character) for character in text)
+    return text if text.isprintable() else "".join(_seen(character) for character in text)
 
 
 def _seen(character: str) -> str:
-    if character.isspace():
-        return " "
-    return "" if unicodedata.category(character) in _UNSEEN else character
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else ""
 
 
 __all__ = ["encodable", "printable", "shown"]

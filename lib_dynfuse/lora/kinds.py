@@ -41,6 +41,7 @@ def lora(tensors: Tensors) -> LowRank:
     up, rank = up.flatten(1), down.shape[0]
     scale = scale_of(tensors, rank)
     if mid is not None:
+        need(mid.dim() != 4 or max(mid.shape[2:]) <= 16, f"its kernel is {size_text(mid)}, larger than any layer's")
         need(
             mid.dim() == 4 and tuple(mid.shape[:2]) == (up.shape[1], rank) and down.flatten(1).shape[1] == down.shape[1],
             f"its three tensors do not fit each other: {size_text(up)}, {size_text(mid)}, {size_text(down)}",
@@ -287,7 +288,9 @@ def branch_of(tensors: Tensors) -> tuple[str, Branch | NormShift] | None:
             if not isinstance(branch, (LowRank, Dense, Composed)):
                 raise LoraError(f"it has magnitudes (DoRA), which {name} cannot have")
             return f"DoRA ({_refined(name, branch)})", dora(branch, magnitude, True if "magnitude" in tensors else None)
-        except (IndexError, RuntimeError, ZeroDivisionError):
+        except LoraError:
+            raise
+        except (ArithmeticError, IndexError, RuntimeError, ValueError):
             # Tensors of shapes that no trainer writes, such as a vector for a matrix.
             sizes = ", ".join(f"{listing({role})} {size_text(tensor)}" for role, tensor in sorted(tensors.items()))
             raise LoraError(f"its tensors do not fit each other: {sizes}") from None

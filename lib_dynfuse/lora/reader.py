@@ -88,6 +88,7 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
         # A plain "weight" is a whole layer's, of a checkpoint; beside "on_input" it is the vector of IA3.
         if "weight" in roles and "on_input" not in roles:
             unmatched.append(roles.pop("weight"))
+    groups = {place: roles for place, roles in groups.items() if roles}
     if not any(_changes_something(roles) for roles in groups.values()):
         raise LoraError(_no_lora(path, list(parsed)))
     tensors = contents.load([key for roles in groups.values() for key in roles.values()])

@@ -76,8 +76,10 @@ def peft_oft(tensors: Tensors) -> FromWeight:
     """
     scales, triangle = tensors.get("oft_s"), "oft_R" in tensors
     stored = tensors["oft_R"] if triangle else tensors["oft_r"]
-    count, size = (len(stored), _size_of_triangle(stored)) if triangle else stored.shape[:2]
-    need(triangle or tuple(stored.shape[1:]) == (size, size), f"its rotations are {size_text(stored)}, not square blocks")
+    square = stored.dim() == 3 and stored.shape[1] == stored.shape[2]
+    need(triangle or square, f"its rotations are {size_text(stored)}, not square blocks")
+    size = _size_of_triangle(stored) if triangle else stored.shape[1]
+    count = len(stored)
     need(count > 0 and size > 0, "it has no rotations")
     eps = number_of(tensors["freedom"]) if "freedom" in tensors else None
     series = [number_of(c) for c in tensors["series"]] if "series" in tensors else []
