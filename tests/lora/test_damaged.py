@@ -5,11 +5,11 @@ DYNFUSE_DAMAGED=1000 tries that many of each kind, chosen anew at each run.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
 import struct
-import sys
 import tempfile
 import warnings
 import zipfile
@@ -91,9 +91,10 @@ ARCHIVE, STREAM = torchs_own(True), torchs_own(False)
 def highest_memory() -> int | None:
     """The most main memory that the process has had since the last call, in bytes; None where the system does not tell."""
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again, unseen
         status = Path("/proc/self/status").read_text()
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (OSError, AttributeError, TypeError):
         return None
     return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")), None)
 
@@ -235,6 +236,9 @@ def test_tensors_that_are_not_what_their_names_say(tensors, metadata):
 @given(reshaped(), st.booleans())
 def test_tensors_of_torchs_own_files_that_are_not_what_their_names_say(tensors, zipped):
     file = io.BytesIO()
+    tensors = {
+        key: tensor.half() if "float8" in str(tensor.dtype) else tensor for key, tensor in tensors.items()
+    }  # torch 2.1 cannot save them
     torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
     examine(file.getvalue(), "pt")
 
@@ -328,12 +332,12 @@ def test_metadata_of_any_shape(metadata, beside):
     examine(save(FILE, metadata), beside=beside)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory was taken")
 def test_the_bound_on_memory_would_be_seen():
     highest_memory()
     before = highest_memory()
+    if before is None:
+        pytest.skip("this system does not tell how much memory was taken")
     taken = b"x" * (SPARE + (1 << 20))
     after = highest_memory()
-    assert before is not None
     assert after is not None
     assert after - before > len(taken) - (8 << 20)
