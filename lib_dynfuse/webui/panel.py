@@ -17,7 +17,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ..hosts.base import WebUIHost
+from ..hosts.webui.host import WebUIHost
 from ..settings import PRESETS, FuseSettings, SettingsError, field_metadata, field_types
 from . import gallery, infotext, pictures
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from modules import errors, extra_networks, script_callbacks, scripts
 
 from ..guidance.guide import wants_guidance
-from ..hosts.base import detect
+from ..hosts.webui.detect import detect
 from ..settings import FuseSettings, SettingsError
 from . import infotext, options, panel, results, tag
 from .arguments import read_arguments

@@ -14,7 +14,7 @@ from lib_dynfuse.guidance.references import ReferenceCache
 
 
 class FakeHost:
-    """What hosts.base.WebUIHost promises, over a dict of LoRAs: name -> hash."""
+    """What hosts.webui.host.WebUIHost promises, over a dict of LoRAs: name -> hash."""
 
     name = "fake"
     off = None

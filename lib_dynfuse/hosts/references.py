@@ -1,0 +1,31 @@
+"""What the references of all hosts have in common: one LoRA of the pair alone, under a prompt of its own (paper, Eq. 14-15)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from typing import Any
+
+from ..settings import FuseSettings
+
+
+def alone(settings: FuseSettings, side: str) -> FuseSettings:
+    """The fusion that uses one LoRA of the pair and nothing of the other (Eq. 14-15)."""
+    other = "style" if side == "subject" else "subject"
+    changes: dict[str, Any] = {f"{other}_weight": 0.0, f"{side}_weight": getattr(settings, f"{side}_weight")}
+    plain = FuseSettings(subject=settings.subject, style=settings.style, method="direct", te_weight=settings.te_weight)
+    return replace(plain, **changes)
+
+
+def activation_text(lora_path: str) -> str | None:
+    """What the WebUI keeps as a LoRA's activation text: in the .json beside the file (ui_edit_user_metadata.py:63 of A1111's Lora)."""
+    try:
+        with open(f"{os.path.splitext(lora_path)[0]}.json", encoding="utf8") as file:
+            text = json.load(file).get("activation text")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return text.strip() if isinstance(text, str) and text.strip() else None
+
+
+__all__ = ["activation_text", "alone"]
