@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance.correction import Kind, Level, Schedule, down_level
+from ...guidance.correction import Kind, Level, Schedule, step_level
 
 # Euler's own stand-in for the infinite level of a schedule with zero terminal signal (scheduling_euler_discrete.py, 2**-24).
 _LEAST_SIGNAL = 2.0**-24
@@ -103,17 +103,16 @@ class SchedulerSteps:
     def _towards(self, s: float, timestep: Any, eta: float) -> Level:
         """From s to where this scheduler's step goes."""
         scheduler = self.scheduler
+        if self.name == "LCMScheduler":
+            return self.schedule().level(s, form="jump")
         if self.name in _BY_TIMESTEP:
             before = int(timestep) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
             reached = self._level_of(before) if before >= 0 else _sigma(float(scheduler.final_alpha_cumprod))
-            if self.name == "LCMScheduler":  # goes to D itself and adds fresh noise
-                return self.schedule().level(s, jump=True)
-        else:
-            reached = float(scheduler.sigmas[self._index(timestep) + 1])
-            # At eta 1 the exponential integrators' step and an ancestral one go to the same level.
-            sde = self.name == "EulerAncestralDiscreteScheduler" or str(getattr(scheduler.config, "algorithm_type", "")).startswith("sde")
-            eta = 1.0 if sde else 0.0
-        return Level(self.kind, s, down_level(s, reached, eta, self.kind), reached) if eta else Level(self.kind, s, reached)
+            return step_level(self.kind, s, reached, eta=eta)
+        reached = float(scheduler.sigmas[self._index(timestep) + 1])
+        # At eta 1 the exponential integrators' step and an ancestral one go to the same level.
+        sde = self.name == "EulerAncestralDiscreteScheduler" or str(getattr(scheduler.config, "algorithm_type", "")).startswith("sde")
+        return step_level(self.kind, s, reached, eta=1.0 if sde else 0.0)
 
     def _level_of(self, timestep: int) -> float:
         return _sigma(float(self.scheduler.alphas_cumprod[timestep]))

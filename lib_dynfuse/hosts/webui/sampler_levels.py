@@ -11,7 +11,7 @@ import inspect
 import math
 from typing import Any
 
-from ...guidance.correction import Level, Schedule, down_level, exponential_down_level
+from ...guidance.correction import Form, Level, Schedule
 
 # D itself with fresh noise on it; CFG++ takes the direction from the unconditional noise, which a shift of D does not touch.
 _JUMPING = ("sample_lcm", "ddim_cfgpp")
@@ -28,20 +28,22 @@ def level_of(sampler: Any, schedule: Schedule, s: float, *, rectified: bool = Fa
     sampler: the WebUI's, with func, eta and p. rectified: its ancestral samplers take the form for rectified flows.
     """
     name = getattr(sampler.func, "__name__", str(sampler.func))
-    parameters = _parameters(sampler.func)
-    grid = s / (1.0 + _churn(sampler, parameters, schedule, s))
-    reached = schedule.next_level(grid)
     # The host sets eta on every sampler; it means something only where the function takes it.
-    eta = 1.0 if name in _ALWAYS_ANCESTRAL else float(sampler.eta or 0.0) if "eta" in parameters else 0.0
+    eta = 1.0 if name in _ALWAYS_ANCESTRAL else float(sampler.eta or 0.0) if "eta" in _parameters(sampler.func) else 0.0
+    return schedule.level(s, start=start_of(sampler, schedule, s), eta=eta, form=_form(name, schedule, rectified))
+
+
+def start_of(sampler: Any, schedule: Schedule, s: float) -> float:
+    """The level of the schedule at which the step of a call at s begins: below s by the sampler's churn."""
+    return s / (1.0 + _churn(sampler, _parameters(sampler.func), schedule, s))
+
+
+def _form(name: str, schedule: Schedule, rectified: bool) -> Form:
     if name in _JUMPING:
-        return Level(schedule.kind, s, 0.0, reached)
-    if eta <= 0.0 or reached <= 0.0:
-        return Level(schedule.kind, s, reached)
+        return "jump"
     if name in _EXPONENTIAL:
-        return Level(schedule.kind, s, exponential_down_level(grid, reached, eta), reached if schedule.kind == "vp" else None)
-    if schedule.kind == "flow" and rectified and name in _RECTIFIED:
-        return Level("flow", s, down_level(grid, reached, eta, "flow"), reached)
-    return Level(schedule.kind, s, down_level(grid, reached, eta, "vp"), reached if schedule.kind == "vp" else None)
+        return "exponential"
+    return "rectified" if schedule.kind == "flow" and rectified and name in _RECTIFIED else "ancestral"
 
 
 def _parameters(function: Any) -> frozenset[str]:
@@ -64,4 +66,4 @@ def _churn(sampler: Any, parameters: frozenset[str], schedule: Schedule, s: floa
     return 0.0 if on_schedule or not lowest <= s / (1.0 + gamma) <= highest else gamma
 
 
-__all__ = ["level_of"]
+__all__ = ["level_of", "start_of"]
