@@ -113,7 +113,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
                         add(f"{name}_weight")
                 _quietly(dropdown.change, functools.partial(_thumbnail, host), inputs=[dropdown], outputs=[thumbnail])
             with gr.Column(elem_classes=["dynfuse-refresh"], scale=0, min_width=40):
-                create_refresh_button([fields[name] for name in LORA_FIELDS], host.refresh, choices, element("refresh"))
+                create_refresh_button([fields[name] for name in LORA_FIELDS], host.catalogue.refresh, choices, element("refresh"))
         with gr.Row(elem_classes=["dynfuse-row"]):
             add("method")
             add("criterion")
@@ -203,7 +203,7 @@ def paste_functions(host: WebUIHost) -> Mapping[str, Callable[[Mapping[str, Any]
 
 def renaming(host: WebUIHost) -> Callable[[str, str | None], str]:
     """The host's answer to infotext.known_name."""
-    return infotext.known_name(lambda name: host.lora_path(name) is not None, host.lora_name_by_hash)
+    return infotext.known_name(lambda name: host.catalogue.path(name) is not None, host.catalogue.name_by_hash)
 
 
 def warn_about_paste(entries: Mapping[str, Any], host: WebUIHost) -> None:
@@ -267,11 +267,11 @@ def _kept_picture(host: WebUIHost, text: str) -> tuple[Image.Image | None, str]:
 
 def _lora_choices(host: WebUIHost) -> list[str]:
     # gradio 4 shows the first choice where the value is not among them, so "none yet" must be one.
-    return ["", *host.lora_names()]
+    return ["", *host.catalogue.names()]
 
 
 def _thumbnail(host: WebUIHost, name: str | None) -> str:
-    path = host.lora_preview(name) if name else None
+    path = host.catalogue.preview(name) if name else None
     address = pictures.thumbnail_address(path) if path else None
     if address is None:
         return f'<div class="dynfuse-thumbnail dynfuse-no-picture">{"no preview" if name else ""}</div>'

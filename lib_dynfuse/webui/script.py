@@ -104,7 +104,7 @@ class DynFuseScript(scripts.Script):
         if settings is not None and not all(tag.find_tags(prompt) for prompt in prompts):
             p.extra_generation_params.update(infotext.settings_fields(_repeatable(settings, p.all_seeds)))
             names += [settings.subject, settings.style]
-        p.extra_generation_params.update(infotext.hash_field(names, detect().lora_hash))
+        p.extra_generation_params.update(infotext.hash_field(names, detect().catalogue.hash))
         if p.disable_extra_networks and (settings is not None or tags):
             _say(p, "extra networks are disabled for this job, so the LoRAs were not fused")
 

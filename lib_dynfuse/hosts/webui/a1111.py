@@ -13,26 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ...fusion import Rows
-from ...guidance.correction import Kind
 from ...guidance.decode import decoding_half
 from ...lora.branch import Branch, Dense, LowRank, bound
 from .capabilities import Call, Value
-from .guided import HostVae
-from .host import WebUIHost, refuse_replaced_denoiser
-from .passes import RowLayout
+from .roles import Checkpoints, Denoisers, HostVae, Roles, RowLayout, Samplers, TextEncoders, refuse_replaced_denoiser
 from .text_parts import TextParts
 
 
-class A1111(WebUIHost):
-    name = "A1111"
-    needs = (
-        *WebUIHost.needs,
-        Value("networks", "loaded_networks"),
-        Call("networks", "network_apply_weights", 1),
-        Call("networks", "assign_network_names_to_compvis_modules", 1),
-    )
-    # WebUIs with the first Forge's backend (reForge, Forge Classic) have the same modules, but other rows and another store of LoRAs.
-    barred = ("modules_forge",)
+class A1111Denoisers(Denoisers):
+    """LoRAs are merged lazily into the layers; conditional rows come first."""
 
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
         from modules import shared
@@ -40,7 +29,7 @@ class A1111(WebUIHost):
         refuse_replaced_denoiser()
         return shared.sd_model.model.diffusion_model
 
-    def denoiser_identity(self, cfg_denoiser: Any) -> object:
+    def identity(self, cfg_denoiser: Any) -> object:
         from modules import shared
 
         # Another checkpoint of the same kind is loaded into the same modules (sd_models.reload_model_weights).
@@ -60,11 +49,12 @@ class A1111(WebUIHost):
             networks.network_apply_weights(layer)
         return cast(Tensor, layer.weight)
 
-    def reserve_memory(self, p: Any, elements: int) -> None:
-        """A1111 keeps no account of the device's memory."""
+    def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
+        return CondFirst([len(prompts) for prompts in cond.batch])
 
-    def reserve_guidance_memory(self, p: Any, bytes_: int) -> None:
-        """As reserve_memory."""
+
+class A1111Samplers(Samplers):
+    """k-diffusion samplers hand over sigmas and take D; DDIM, PLMS and UniPC hand over timesteps and take the noise."""
 
     def noise_levels(self, cfg_denoiser: Any, values: Tensor) -> Tensor:
         if not self.works_on_eps(cfg_denoiser):
@@ -88,21 +78,18 @@ class A1111(WebUIHost):
             x = x * cfg_denoiser.nmask + cfg_denoiser.init_latent * mask
         return super().denoised(cfg_denoiser, x, s, prediction)
 
-    def schedule_kind(self, cfg_denoiser: Any) -> Kind:
-        return "vp"  # its one flow model is SD3, which no pair of LoRAs that we read is for
-
-    def host_vae(self, cfg_denoiser: Any) -> HostVae:
+    def vae(self, cfg_denoiser: Any) -> HostVae:
         from modules import sd_vae, shared
 
         model = shared.sd_model
-        vae = model.first_stage_model
-        identity = (id(vae), model.sd_checkpoint_info.filename, sd_vae.loaded_vae_file)
+        stage = model.first_stage_model
+        identity = (id(stage), model.sd_checkpoint_info.filename, sd_vae.loaded_vae_file)
         # decode_first_stage takes no gradients (ldm ddpm.py:817).
         return HostVae(
-            decoding_half(getattr(vae, "post_quant_conv", None), vae.decoder),
+            decoding_half(getattr(stage, "post_quant_conv", None), stage.decoder),
             float(model.scale_factor),
             0.0,
-            next(vae.decoder.parameters()).dtype,
+            next(stage.decoder.parameters()).dtype,
             identity,
         )
 
@@ -127,10 +114,11 @@ class A1111(WebUIHost):
                 if isinstance(getattr(cfg_denoiser, "last_noise_uncond", None), Tensor):
                     cfg_denoiser.last_noise_uncond = cfg_denoiser.last_noise_uncond.detach()
 
-    def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
-        return CondFirst([len(prompts) for prompts in cond.batch])
 
-    def add_text_parts(self, text: TextParts) -> list[str]:
+class A1111TextEncoders(TextEncoders):
+    """The parts are one more network of the Lora extension, which merges it with its own."""
+
+    def add(self, text: TextParts) -> list[str]:
         import networks
         from modules import shared
 
@@ -143,11 +131,29 @@ class A1111(WebUIHost):
             networks.loaded_networks.append(TextNetwork(text.label, modules))
         return unmatched
 
-    def remove_text_parts(self) -> None:
+    def remove(self) -> None:
         import networks
 
         # In place: the other parts of the Lora extension hold the same list.
         networks.loaded_networks[:] = [net for net in networks.loaded_networks if not getattr(net, "is_dynfuse", False)]
+
+
+NEEDS = (
+    Value("networks", "loaded_networks"),
+    Call("networks", "network_apply_weights", 1),
+    Call("networks", "assign_network_names_to_compvis_modules", 1),
+)
+
+A1111 = Roles(
+    "A1111",
+    A1111Denoisers(),
+    A1111Samplers(),
+    A1111TextEncoders(),
+    Checkpoints(),
+    NEEDS,
+    # WebUIs with the first Forge's backend (reForge, Forge Classic) have the same modules, but other rows and another store of LoRAs.
+    barred=("modules_forge",),
+)
 
 
 class CondFirst:
@@ -287,4 +293,4 @@ def _on_device(branch: LowRank | Dense, device: torch.device) -> LowRank | Dense
     return replace(branch, weight=branch.weight.to(device), bias=bias)
 
 
-__all__ = ["A1111", "CondFirst", "TextModule", "TextNetwork", "text_modules"]
+__all__ = ["A1111", "A1111Denoisers", "A1111Samplers", "A1111TextEncoders", "CondFirst", "TextModule", "TextNetwork", "text_modules"]

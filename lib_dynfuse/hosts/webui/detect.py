@@ -6,8 +6,9 @@ Whether it is what it looks like is for WebUIHost.install to find out.
 from __future__ import annotations
 
 from .a1111 import A1111
-from .forge import Forge
+from .forge import FORGE
 from .host import WebUIHost
+from .roles import Roles
 
 _host: WebUIHost | None = None
 
@@ -16,12 +17,12 @@ def detect() -> WebUIHost:
     """The host part of this process: there is one. Raises RuntimeError outside of a WebUI."""
     global _host
     if _host is None:
-        _host = nearest()
+        _host = WebUIHost(nearest())
     return _host
 
 
-def nearest() -> WebUIHost:
-    """A new host part. Raises RuntimeError outside of a WebUI."""
+def nearest() -> Roles:
+    """The WebUI. Raises RuntimeError outside of one."""
     try:
         import modules.sd_models  # noqa: F401
     except ImportError:
@@ -29,8 +30,8 @@ def nearest() -> WebUIHost:
     try:
         from backend.patcher.clip import CLIP  # noqa: F401
     except ImportError:
-        return A1111()
-    return Forge()
+        return A1111
+    return FORGE
 
 
 __all__ = ["detect", "nearest"]

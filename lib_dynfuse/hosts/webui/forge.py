@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +13,11 @@ from ...fusion import Rows
 from ...guidance.correction import Kind
 from ...guidance.decode import decoding_half
 from ...lora.branch import Branch, LowRank, bound
+from ..wrapping import wrapped
 from .capabilities import Call, Value
 from .forge_autograd import graph_through_inference_tensors
-from .guided import HostVae
-from .host import WebUIHost, refuse_replaced_denoiser
-from .passes import RowLayout
 from .references import JOB_ARGUMENTS, BaseIdentity, file_identity
+from .roles import Checkpoints, Denoisers, HostVae, Roles, RowLayout, Samplers, TextEncoders, refuse_replaced_denoiser
 from .text_parts import TextPart, TextParts
 
 # Names under which our patches stand in a patcher begin with this.
@@ -30,35 +29,18 @@ ENCODERS = {"te1": ("clip_l", "clip_h"), "te2": ("clip_g",), "t5": ("t5xxl",)}
 CONDITIONAL = 0  # an entry of cond_or_uncond (sampling_function.py:153)
 
 
-class Forge(WebUIHost):
-    name = "Forge"
-    needs = (
-        *WebUIHost.needs,
-        # The store of patches by file that this loader merges; Forge Neo has the same names around another one.
-        Value("backend.patcher.lora", "LoraLoader"),
-        Call("backend.patcher.base", "ModelPatcher.add_patches", 1, ("filename", "patches", "strength_patch", "online_mode")),
-        Call("backend.patcher.base", "ModelPatcher.clone", 1),
-        Call("backend.patcher.clip", "CLIP.clone", 1),
-        Call("backend.patcher.clip", "CLIP.add_patches", 1, ("filename", "patches", "strength_patch", "online_mode")),
-        Call("backend.patcher.unet", "UnetPatcher.add_extra_preserved_memory_during_sampling", 2),
-        Call("backend.operations", "get_weight_and_bias", 1, ("weight_args", "weight_fn")),
-        Value("backend.modules.k_prediction", "PredictionFlux"),
-        Value("backend.args", "dynamic_args"),
-        Call("modules.sd_models", "model_data.get_sd_model"),
-        Value("modules.sd_models", "model_data.forge_loading_parameters"),
-        Call("modules.sd_samplers_common", "store_latent", 1),
-        Call("modules.processing", "StableDiffusionProcessingTxt2Img", keywords=(*JOB_ARGUMENTS, "distilled_cfg_scale")),
-    )
+class ForgeDenoisers(Denoisers):
+    """LoRAs lie in patches, by file, until the model is loaded; unconditional rows come first."""
 
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
         refuse_replaced_denoiser()
-        return self._unet(cfg_denoiser).model.diffusion_model
+        return _unet(cfg_denoiser).model.diffusion_model
 
-    def denoiser_identity(self, cfg_denoiser: Any) -> object:
-        return id(self._unet(cfg_denoiser).model.diffusion_model)
+    def identity(self, cfg_denoiser: Any) -> object:
+        return id(_unet(cfg_denoiser).model.diffusion_model)
 
     def merged_loras(self, cfg_denoiser: Any) -> object:
-        return tuple(self._unet(cfg_denoiser).lora_patches)
+        return tuple(_unet(cfg_denoiser).lora_patches)
 
     def weight_of(self, layer: nn.Module) -> Tensor:
         from backend.operations import get_weight_and_bias
@@ -67,53 +49,67 @@ class Forge(WebUIHost):
         weight, _ = get_weight_and_bias(layer, weight_args={"dtype": torch.float32}, weight_fn=_dequantised)
         return weight
 
-    def reserve_memory(self, p: Any, elements: int) -> None:
-        dtype = p.sd_model.forge_objects.unet.model.computation_dtype
-        self.reserve_guidance_memory(p, elements * torch.empty((), dtype=dtype).element_size())
-
-    def reserve_guidance_memory(self, p: Any, bytes_: int) -> None:
-        # Else a model that just fits would be loaded whole, and ours run out of memory. Lost with the next reset of
-        # forge_objects (processing.py:1522), after which the host asks again.
-        unet = p.sd_model.forge_objects.unet.clone()
-        unet.add_extra_preserved_memory_during_sampling(bytes_)
-        p.sd_model.forge_objects.unet = unet
-
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         images = len(cond.batch)
         return lambda x, arguments: rows_of_call(x.shape[0], images, arguments.get("transformer_options") or {})
+
+    def model_calls(self, around: Callable[..., Any]) -> AbstractContextManager[None]:
+        from modules import sd_samplers_cfg_denoiser
+
+        # CFGDenoiser.forward finds it under this name at each step (sd_samplers_cfg_denoiser.py:199).
+        if not hasattr(sd_samplers_cfg_denoiser, "sampling_function"):
+            return nullcontext()
+        return wrapped(sd_samplers_cfg_denoiser, "sampling_function", around)
+
+    def reserve(self, p: Any, elements: int, bytes_: int) -> None:
+        # Else a model that just fits would be loaded whole, and ours run out of memory. Lost with the next reset of
+        # forge_objects (processing.py:1522), after which the host asks again.
+        unet = p.sd_model.forge_objects.unet
+        size = elements * torch.empty((), dtype=self.computation_dtype(unet)).element_size() + bytes_
+        unet = unet.clone()
+        unet.add_extra_preserved_memory_during_sampling(size)
+        p.sd_model.forge_objects.unet = unet
+
+    def computation_dtype(self, unet: Any) -> torch.dtype:
+        """The type that the denoiser computes in. unet: its patcher."""
+        return unet.model.computation_dtype
+
+
+class ForgeSamplers(Samplers):
+    """Every sampler takes D but DDIM and PLMS, which hand over timesteps and take the noise."""
 
     def noise_levels(self, cfg_denoiser: Any, values: Tensor) -> Tensor:
         if not self.works_on_eps(cfg_denoiser):
             return values
         # Timesteps, rounded as Forge rounds them (sd_samplers_cfg_denoiser.py:164).
-        alphas = self._engine(cfg_denoiser).alphas_cumprod.to(values.device)
+        alphas = _engine(cfg_denoiser).alphas_cumprod.to(values.device)
         levels = ((1.0 - alphas) / alphas) ** 0.5
         return levels[values.round().long().clip(0, len(levels) - 1)]
 
     def works_on_eps(self, cfg_denoiser: Any) -> bool:
-        return bool(cfg_denoiser.classic_ddim_eps_estimation)
+        return bool(getattr(cfg_denoiser, "classic_ddim_eps_estimation", False))
 
     def denoised(self, cfg_denoiser: Any, x: Tensor, s: float, prediction: Tensor) -> Tensor:
-        if self.works_on_eps(cfg_denoiser) and cfg_denoiser.mask is not None:
+        if self.works_on_eps(cfg_denoiser) and getattr(cfg_denoiser, "mask", None) is not None:
             # x had the kept part of the picture put in, noised anew, before it was denoised (sd_samplers_cfg_denoiser.py:176).
             return cfg_denoiser.sampler.last_latent
         return super().denoised(cfg_denoiser, x, s, prediction)
 
-    def schedule_kind(self, cfg_denoiser: Any) -> Kind:
+    def kind(self, cfg_denoiser: Any) -> Kind:
         # "const" is Forge's word for x = (1 - t) x0 + t noise (backend/modules/k_prediction.py:100).
-        return "flow" if self._predictor(cfg_denoiser).prediction_type == "const" else "vp"
+        return "flow" if getattr(_predictor(cfg_denoiser), "prediction_type", None) == "const" else "vp"
 
     def rectified_ancestral(self, cfg_denoiser: Any) -> bool:
         from backend.modules.k_prediction import PredictionFlux
 
         # Of the flow models, Flux only (k_diffusion/sampling.py:143, 251).
-        return isinstance(self._predictor(cfg_denoiser), PredictionFlux)
+        return isinstance(_predictor(cfg_denoiser), PredictionFlux)
 
-    def host_vae(self, cfg_denoiser: Any) -> HostVae:
-        vae = self._engine(cfg_denoiser).forge_objects.vae
-        model = vae.first_stage_model
+    def vae(self, cfg_denoiser: Any) -> HostVae:
+        patcher = _engine(cfg_denoiser).forge_objects.vae
+        model = patcher.first_stage_model
         decoder = decoding_half(model.post_quant_conv, model.decoder)  # as IntegratedAutoencoderKL.decode, backend/nn/vae.py:304
-        return HostVae(decoder, scale=model.scaling_factor, shift=model.shift_factor, dtype=vae.vae_dtype, identity=id(model))
+        return HostVae(decoder, scale=model.scaling_factor, shift=model.shift_factor, dtype=patcher.vae_dtype, identity=id(model))
 
     @contextmanager
     def differentiable(
@@ -130,21 +126,12 @@ class Forge(WebUIHost):
                 if isinstance(sampler.last_latent, Tensor):
                     sampler.last_latent = sampler.last_latent.detach()
 
-    def reference_arguments(self, p: Any) -> dict[str, Any]:
-        return {"distilled_cfg_scale": p.distilled_cfg_scale}
 
-    def base_identity(self, p: Any) -> BaseIdentity:
-        from modules import sd_models
+class ForgeTextEncoders(TextEncoders):
+    """The parts are patches of the text encoders, under names of our own."""
 
-        loaded = sd_models.model_data.forge_loading_parameters
-        modules = [file_identity(path) for path in loaded.get("additional_modules") or []]
-        base = super().base_identity(p)
-        # The weights may be rounded on loading; modules are text encoders and VAEs alike.
-        checkpoint = f"{base.checkpoint} {loaded.get('unet_storage_dtype')}"
-        return BaseIdentity(checkpoint, "; ".join([base.vae, *modules]))
-
-    def add_text_parts(self, text: TextParts) -> list[str]:
-        model = self._model()
+    def add(self, text: TextParts) -> list[str]:
+        model = _model()
         if model is None:
             return []
         clip = model.forge_objects_after_applying_lora.clip.clone()
@@ -166,34 +153,73 @@ class Forge(WebUIHost):
             objects.clip = clip
         return unmatched
 
-    def remove_text_parts(self) -> None:
-        for objects in _objects(self._model()):
+    def remove(self) -> None:
+        for objects in _objects(_model()):
             if any(_is_ours(key) for key in objects.clip.patcher.lora_patches):
                 objects.clip = objects.clip.clone()
                 patcher = objects.clip.patcher
                 patcher.lora_patches = {key: patches for key, patches in patcher.lora_patches.items() if not _is_ours(key)}
 
     @staticmethod
-    def _engine(cfg_denoiser: Any) -> Any:
-        return cfg_denoiser.inner_model.inner_model
-
-    def _unet(self, cfg_denoiser: Any) -> Any:
-        return self._engine(cfg_denoiser).forge_objects.unet
-
-    def _predictor(self, cfg_denoiser: Any) -> Any:
-        return self._unet(cfg_denoiser).model.predictor
-
-    @staticmethod
-    def _model() -> Any:
-        from modules import sd_models
-
-        model = sd_models.model_data.get_sd_model()
-        return model if hasattr(model, "forge_objects") else None
-
-    @staticmethod
     def _text_weight(clip: Any, parameter: Tensor, key: str) -> Tensor:
         """The weight before any LoRA: a merge of the last job may still be in the parameter (backend/patcher/lora.py:300)."""
         return _dequantised(clip.patcher.lora_loader.backup.get(key, parameter))
+
+
+class ForgeCheckpoints(Checkpoints):
+    """Text encoders and VAE may come from files of their own."""
+
+    def arguments(self, p: Any) -> dict[str, Any]:
+        return {"distilled_cfg_scale": p.distilled_cfg_scale}
+
+    def identity(self, p: Any) -> BaseIdentity:
+        from modules import sd_models
+
+        loaded = sd_models.model_data.forge_loading_parameters
+        modules = [file_identity(path) for path in loaded.get("additional_modules") or []]
+        base = super().identity(p)
+        # The weights may be rounded on loading; modules are text encoders and VAEs alike.
+        checkpoint = f"{base.checkpoint} {loaded.get('unet_storage_dtype')}"
+        return BaseIdentity(checkpoint, "; ".join([base.vae, *modules]))
+
+
+NEEDS = (
+    # The store of patches by file that this loader merges; Forge Neo has the same names around another one.
+    Value("backend.patcher.lora", "LoraLoader"),
+    Call("backend.patcher.base", "ModelPatcher.add_patches", 1, ("filename", "patches", "strength_patch", "online_mode")),
+    Call("backend.patcher.base", "ModelPatcher.clone", 1),
+    Call("backend.patcher.clip", "CLIP.clone", 1),
+    Call("backend.patcher.clip", "CLIP.add_patches", 1, ("filename", "patches", "strength_patch", "online_mode")),
+    Call("backend.patcher.unet", "UnetPatcher.add_extra_preserved_memory_during_sampling", 2),
+    Call("backend.operations", "get_weight_and_bias", 1, ("weight_args", "weight_fn")),
+    Value("backend.modules.k_prediction", "PredictionFlux"),
+    Value("backend.args", "dynamic_args"),
+    Call("modules.sd_models", "model_data.get_sd_model"),
+    Value("modules.sd_models", "model_data.forge_loading_parameters"),
+    Call("modules.sd_samplers_common", "store_latent", 1),
+    Call("modules.processing", "StableDiffusionProcessingTxt2Img", keywords=(*JOB_ARGUMENTS, "distilled_cfg_scale")),
+)
+
+FORGE = Roles("Forge", ForgeDenoisers(), ForgeSamplers(), ForgeTextEncoders(), ForgeCheckpoints(), NEEDS)
+
+
+def _engine(cfg_denoiser: Any) -> Any:
+    return cfg_denoiser.inner_model.inner_model
+
+
+def _unet(cfg_denoiser: Any) -> Any:
+    return _engine(cfg_denoiser).forge_objects.unet
+
+
+def _predictor(cfg_denoiser: Any) -> Any:
+    return _unet(cfg_denoiser).model.predictor
+
+
+def _model() -> Any:
+    from modules import sd_models
+
+    model = sd_models.model_data.get_sd_model()
+    return model if hasattr(model, "forge_objects") else None
 
 
 @contextmanager
@@ -298,4 +324,4 @@ def _dequantised(weight: Tensor) -> Tensor:
     return weight
 
 
-__all__ = ["Forge", "rows_of_call", "text_patches"]
+__all__ = ["FORGE", "ForgeCheckpoints", "ForgeDenoisers", "ForgeSamplers", "ForgeTextEncoders", "rows_of_call", "text_patches"]

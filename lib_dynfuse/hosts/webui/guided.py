@@ -1,28 +1,28 @@
 """The guidance of one pass in a WebUI: every denoiser call's prediction is corrected before the sampler sees it.
 
-What a prediction is, and how to take gradients through the WebUI's own models, differs between the hosts: see Guided.
+What the call's numbers mean comes with it (facts.SamplingFacts); how to take gradients through the WebUI's own models differs between the
+hosts (roles.Samplers).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...guidance.correction import Level, Schedule
+from ...guidance.correction import Level
 from ...guidance.decode import SMALL_PIXELS, LatentDecoder, VaeDecoder, private_copy
 from ...guidance.encoders import Encoders
 from ...guidance.guide import GuidanceRecord, Guide, is_out_of_memory
 from ...guidance.references import Reference
 from ...guidance.score import Targets
 from ...settings import FuseSettings
-from .sampler_levels import level_of
+from .facts import SamplingFacts
+from .roles import Samplers
 from .seams import argument
 
 log = logging.getLogger(__name__)
@@ -37,45 +37,6 @@ _NOT_DIFFERENTIABLE = ("inference tensor", "requires grad", "in-place operation"
 # at 256 x 256 in float32; half of it for the VAE, which runs in 16 bit where memory is short.
 _VAE_BYTES_PER_PIXEL = 14 << 10
 _TAESD_BYTES_PER_PIXEL = 6 << 10
-
-
-@dataclass(frozen=True)
-class HostVae:
-    """A WebUI's VAE. decoder: from the VAE's own units, latent / scale + shift, to pictures in [-1, 1]. identity: changes with it."""
-
-    decoder: nn.Module
-    scale: float
-    shift: float
-    dtype: torch.dtype
-    identity: object
-
-
-class Guided(Protocol):
-    """What a guided pass asks its host. cfg_denoiser: the CFGDenoiser whose forward is being called."""
-
-    def noise_levels(self, cfg_denoiser: Any, values: Tensor) -> Tensor:
-        """What the sampler hands the denoiser as sigma -> sigma in VE units, or the flow time."""
-
-    def works_on_eps(self, cfg_denoiser: Any) -> bool:
-        """Whether x is VP-scaled, and the prediction the noise (DDIM, PLMS, UniPC); else x is VE or flow, and the prediction D."""
-
-    def denoised(self, cfg_denoiser: Any, x: Tensor, s: float, prediction: Tensor) -> Tensor:
-        """D of the call that has just returned its prediction. x: its argument."""
-
-    def schedule_kind(self, cfg_denoiser: Any) -> Any:
-        """ "vp" or "flow"."""
-
-    def rectified_ancestral(self, cfg_denoiser: Any) -> bool:
-        """Whether ancestral samplers take the form for rectified flows."""
-
-    def host_vae(self, cfg_denoiser: Any) -> HostVae:
-        """The VAE that decodes this model's latents."""
-
-    def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
-        """Latent -> picture in [-1, 1]; None if the WebUI has none for this model. May raise whatever looking for it raises."""
-
-    def differentiable(self, cfg_denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Inside, CFGDenoiser.forward called with the (args, kwargs) that it yields has a graph to its x. Restores everything."""
 
 
 @dataclass
@@ -97,13 +58,12 @@ class Decoders:
 
 
 class GuidedPass:
-    """One pass's guidance. references: as they were found or made. levels: the sampler's schedule, as it returned it."""
+    """One pass's guidance. references: as they were found or made."""
 
-    def __init__(self, host: Guided, settings: FuseSettings, encoders: Encoders, references: Sequence[Reference], decoders: Decoders):
+    def __init__(self, samplers: Samplers, settings: FuseSettings, encoders: Encoders, references: Sequence[Reference], decoders: Decoders):
         self.references = list(references)
         self.settings = settings
-        self.levels: Sequence[float] | Tensor | None = None
-        self._host = host
+        self._samplers = samplers
         self._encoders: Encoders | None = encoders
         self._decoders = decoders
         self._guide: Guide | None = None
@@ -130,22 +90,24 @@ class GuidedPass:
         return [*self._notes, *(record.notes if record is not None else [])]
 
     def denoise(
-        self, cfg_denoiser: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], again: Callable[[], None]
+        self,
+        facts: SamplingFacts,
+        cfg_denoiser: Any,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        again: Callable[[], None],
     ) -> Any:
         """One CFGDenoiser.forward, corrected. call: it. again: to be called before it is called a second time."""
         if self._stopped:
             return call(*args, **kwargs)
-        x, sigma = argument(args, kwargs, 0, "x"), argument(args, kwargs, 1, "sigma")
-        guide = self._guide_for(cfg_denoiser, x)
-        s = float(self._host.noise_levels(cfg_denoiser, sigma[:1])) if guide is not None else 0.0
-        if guide is None or not guide.wants(s):
+        guide = self._guide_for(cfg_denoiser, facts)
+        if guide is None or facts.level is None or not guide.wants(facts.sigma):
             return call(*args, **kwargs)
-        level = level_of(cfg_denoiser.sampler, guide.schedule, s, rectified=self._host.rectified_ancestral(cfg_denoiser))
-        mask = cfg_denoiser.nmask if getattr(cfg_denoiser, "mask", None) is not None else None
         if guide.gradient == "exact":
             step = cfg_denoiser.step
             try:
-                return self._exact(guide, cfg_denoiser, call, args, kwargs, level, mask)
+                return self._exact(guide, facts, facts.level, cfg_denoiser, call, args, kwargs)
             except RuntimeError as error:
                 reason = _why_not_exact(error)
                 if reason is None:
@@ -157,8 +119,8 @@ class GuidedPass:
         prediction = call(*args, **kwargs)
         if self._stopped:  # the refiner took over in this call
             return prediction
-        shift = guide.fast_shift(self._host.denoised(cfg_denoiser, x, s, prediction), level, mask)
-        return self._shifted(cfg_denoiser, prediction, shift, s)
+        shift = guide.fast_shift(facts.denoised(facts.latent, prediction), facts.level, facts.mask)
+        return facts.shifted(prediction, shift)
 
     def stop(self, reason: str) -> None:
         """No guidance from now on. reason: a sentence for the user."""
@@ -175,45 +137,36 @@ class GuidedPass:
     def _exact(
         self,
         guide: Guide,
+        facts: SamplingFacts,
+        level: Level,
         cfg_denoiser: Any,
         call: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        level: Level,
-        mask: Tensor | None,
     ) -> Any:
-        # The latent that the score is differentiated by is in VE units; on eps it comes to us divided by sqrt(1 + s^2).
-        unit = 1.0 / math.sqrt(1.0 + level.s**2) if self._host.works_on_eps(cfg_denoiser) else 1.0
-        with self._host.differentiable(cfg_denoiser, args, kwargs) as (args, kwargs):
+        with self._samplers.differentiable(cfg_denoiser, args, kwargs) as (args, kwargs):
             x = argument(args, kwargs, 0, "x")
             prediction = call(*args, **kwargs)
-            denoised = self._host.denoised(cfg_denoiser, x, level.s, prediction)
-            shift = guide.exact_shift(denoised, x, level, unit=unit, mask=mask)
+            shift = guide.exact_shift(facts.denoised(x, prediction), x, level, unit=facts.unit, mask=facts.mask)
             prediction = prediction.detach()
-        return self._shifted(cfg_denoiser, prediction, shift, level.s)
+        return facts.shifted(prediction, shift)
 
-    def _shifted(self, cfg_denoiser: Any, prediction: Tensor, shift: Tensor, s: float) -> Tensor:
-        if self._host.works_on_eps(cfg_denoiser):
-            return prediction - (shift / s).to(prediction.dtype)  # eps = (x - D) / s in VE units
-        return prediction + shift.to(prediction.dtype)
-
-    def _guide_for(self, cfg_denoiser: Any, x: Tensor) -> Guide | None:
+    def _guide_for(self, cfg_denoiser: Any, facts: SamplingFacts) -> Guide | None:
         if self._guide is None:
-            if self.levels is None:
+            if facts.schedule is None:
                 self.stop("The picture was not guided: DynFuse does not know the noise levels of this sampler.")
                 return None
             assert self._encoders is not None
-            values = torch.as_tensor(self.levels).flatten().to(x.device)
-            schedule = Schedule(self._host.schedule_kind(cfg_denoiser), self._host.noise_levels(cfg_denoiser, values).tolist())
-            targets = _targets(self.references).to(x.device)
-            self._guide = Guide(self.settings, targets, self._encoders.to(x.device), self._chain(cfg_denoiser, x.device), schedule)
+            device = facts.latent.device
+            targets = _targets(self.references).to(device)
+            self._guide = Guide(self.settings, targets, self._encoders.to(device), self._chain(cfg_denoiser, device), facts.schedule)
             if self.settings.gradient == "exact" and getattr(cfg_denoiser.p, "refiner_checkpoint_info", None) is not None:
                 self._guide.abandon_exact("a refiner takes over in this job")
         return self._guide
 
     def _chain(self, cfg_denoiser: Any, device: torch.device) -> list[LatentDecoder]:
         """The chosen decoder, then smaller ones."""
-        vae = self._host.host_vae(cfg_denoiser)
+        vae = self._samplers.vae(cfg_denoiser)
         dtype = _decoder_dtype(vae.dtype, device)
         module = self._decoders.copy_of(vae.identity, vae.decoder, dtype, device)
 
@@ -230,7 +183,7 @@ class GuidedPass:
 
     def _taesd(self, cfg_denoiser: Any, device: torch.device) -> LatentDecoder | None:
         try:
-            module = self._host.taesd_decoder(cfg_denoiser)
+            module = self._samplers.taesd_decoder(cfg_denoiser)
             reason = "this WebUI has none for this model"
         except OSError as error:  # also what a download raises
             module, reason = None, f"the WebUI could not get its file: {getattr(error, 'reason', error)}"
@@ -279,4 +232,4 @@ def _decoder_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-__all__ = ["Decoders", "Guided", "GuidedPass", "HostVae", "memory_needed"]
+__all__ = ["Decoders", "GuidedPass", "memory_needed"]

@@ -6,59 +6,45 @@ made at the first denoiser call, because only then is the model that will be use
 
 from __future__ import annotations
 
-import logging
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ...fusion import FusionError, FusionSession, Report, Rows, Trace
-from ...guidance.encoders import Encoders
-from ...guidance.references import Reference, sides_needed
+from ...fusion import FusionError, FusionSession, Report, Trace
 from ...lora import LoraFile
 from ...settings import FuseSettings
-from .guided import Decoders, GuidedPass
+from ..sides import one_or_all
+from ..step import Step, begin_step, end_step, is_undecided, repeat_step
+from .facts import Sampling
+from .guided import GuidedPass
 from .lora_files import FileVersion
+from .roles import Roles, RowLayout
+from .seams import argument
 from .text_parts import TextParts
-
-log = logging.getLogger(__name__)
-
-# (the model call's first argument, its keyword arguments) -> the call's rows; kept for the calls of one denoiser step.
-RowLayout = Callable[[Tensor, Mapping[str, Any]], Rows]
-
-
-class Denoisers(Protocol):
-    """What a pass asks its host about the denoiser."""
-
-    def denoiser(self, cfg_denoiser: Any) -> nn.Module:
-        """The diffusion model that the next model calls go to. Raises FusionError where its layers would not be run."""
-
-    def denoiser_identity(self, cfg_denoiser: Any) -> object:
-        """Changes when the denoiser or the checkpoint in it changes."""
-
-    def merged_loras(self, cfg_denoiser: Any) -> object:
-        """Changes when other LoRAs are merged into the denoiser: kinds that depend on its weights are then made anew."""
-
-    def weight_of(self, layer: nn.Module) -> Tensor:
-        """A layer's weight as the model computes with it, dequantised: other LoRAs merged, ours not."""
-
-    def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
-        """How the rows of the model calls of one step are ordered. cond: the step's positive conditioning."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A pair of LoRAs that was found and read, and how to fuse it. paths: of subject and style, real paths."""
+    """LoRAs that were found and read, at least one for each side, and how to fuse them.
+
+    paths: of all of them, real paths. versions: of the subjects, then of the styles.
+    """
 
     settings: FuseSettings
-    subject: LoraFile
-    style: LoraFile
+    subjects: tuple[LoraFile, ...]
+    styles: tuple[LoraFile, ...]
     paths: frozenset[str]
     versions: tuple[FileVersion, ...]
     text: TextParts | None
+
+    @property
+    def files(self) -> tuple[LoraFile, ...]:
+        """The subjects, then the styles."""
+        return (*self.subjects, *self.styles)
 
 
 @dataclass
@@ -70,7 +56,7 @@ class FusionPass:
     of the batch in the job, from 0.
     """
 
-    denoisers: Denoisers
+    roles: Roles
     settings: FuseSettings | None = None
     request: Request | None = None
     error: str | None = None
@@ -78,7 +64,9 @@ class FusionPass:
     hires: bool = False
     batch: int = 0
     denoising: bool = field(default=False, init=False)
+    sampling: Sampling = field(init=False)
     _session: FusionSession | None = field(default=None, init=False)
+    _step: Step | None = field(default=None, init=False)
     _key: object = field(default=None, init=False)
     _spare: tuple[object, FusionSession] | None = field(default=None, init=False)
     _identity: object = field(default=None, init=False)
@@ -86,6 +74,9 @@ class FusionPass:
     _report: Report | None = field(default=None, init=False)
     _notes: list[str] = field(default_factory=list, init=False)
     _hook: ExitStack = field(default_factory=ExitStack, init=False)
+
+    def __post_init__(self) -> None:
+        self.sampling = Sampling(self.roles.samplers)
 
     @property
     def trace(self) -> Trace | None:
@@ -117,19 +108,25 @@ class FusionPass:
         """
         if self.error is not None:
             raise RuntimeError(self.error)
-        cond = kwargs["cond"] if "cond" in kwargs else args[3]  # forward(self, x, sigma, uncond, cond, ...)
+        cond = argument(args, kwargs, 3, "cond")  # forward(self, x, sigma, uncond, cond, ...)
+        facts = self.sampling.facts(cfg_denoiser, args, kwargs)
+        self._step = facts.step
 
         def attach_again() -> None:
             self._hook.close()
-            self._attach(cfg_denoiser, cond)
+            self._attach(cfg_denoiser, cond, repeat_step)
 
         self.denoising = True
         try:
             with self._hook:
-                self._attach(cfg_denoiser, cond)
+                self._attach(cfg_denoiser, cond, self._begin)
                 if self.guidance is None:
-                    return call(*args, **kwargs)
-                return self.guidance.denoise(cfg_denoiser, call, args, kwargs, attach_again)
+                    result = call(*args, **kwargs)
+                else:
+                    result = self.guidance.denoise(facts, cfg_denoiser, call, args, kwargs, attach_again)
+            if self._session is not None:
+                end_step(self._session)
+            return result
         finally:
             self.denoising = False
 
@@ -141,7 +138,7 @@ class FusionPass:
         if switched and self.denoising:
             self._hook.close()
             # The refiner brought its own conditionings; the argument of the running call is the old model's.
-            self._attach(cfg_denoiser, cfg_denoiser.sampler.sampler_extra_args["cond"])
+            self._attach(cfg_denoiser, cfg_denoiser.sampler.sampler_extra_args["cond"], self._begin)
         return switched
 
     def finish(self) -> None:
@@ -169,17 +166,24 @@ class FusionPass:
             self._spare[1].release()
             self._spare = None
 
-    def _attach(self, cfg_denoiser: Any, cond: Any) -> None:
+    def _begin(self, session: FusionSession) -> None:
+        assert self._step is not None
+        begin_step(session, self._step)
+
+    def _attach(self, cfg_denoiser: Any, cond: Any, tell: Callable[[FusionSession], None]) -> None:
+        """Put the session on the model for the rest of this denoiser call. tell: says to it which step this is."""
         session = self._session_for(cfg_denoiser)
         if session is None:
             return
-        session.new_step()
-        rows_of = self.denoisers.row_layout(cfg_denoiser, cond)
-        self._hook.enter_context(fused_calls(self.denoisers.denoiser(cfg_denoiser), session, rows_of))
+        tell(session)
+        denoisers = self.roles.denoisers
+        rows_of = denoisers.row_layout(cfg_denoiser, cond)
+        self._hook.enter_context(denoisers.model_calls(functools.partial(_decided, session)))
+        self._hook.enter_context(fused_calls(denoisers.denoiser(cfg_denoiser), session, rows_of))
 
     def _session_for(self, cfg_denoiser: Any) -> FusionSession | None:
         """The session on the model that is loaded now; None where a refiner is left unfused."""
-        identity = self.denoisers.denoiser_identity(cfg_denoiser)
+        identity = self.roles.denoisers.identity(cfg_denoiser)
         if identity == self._identity:
             return self._session
         refiner = self._identity is not None
@@ -200,14 +204,26 @@ class FusionPass:
     def _made_or_spare(self, cfg_denoiser: Any, identity: object) -> FusionSession:
         request = self.request
         assert request is not None
-        model = self.denoisers.denoiser(cfg_denoiser)
-        self._key = (request.settings, request.versions, identity, self.denoisers.merged_loras(cfg_denoiser))
+        denoisers = self.roles.denoisers
+        model = denoisers.denoiser(cfg_denoiser)
+        self._key = (request.settings, request.versions, identity, denoisers.merged_loras(cfg_denoiser))
         if self._spare is not None and self._spare[0] == self._key:
             session = self._spare[1]
             session.restart()
             return session
         self.release()
-        return FusionSession(model, request.subject, request.style, request.settings, weight_of=self.denoisers.weight_of)
+        subjects, styles = one_or_all(request.subjects), one_or_all(request.styles)
+        return FusionSession(model, subjects, styles, request.settings, weight_of=denoisers.weight_of)
+
+
+def _decided(session: FusionSession, calls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """All model calls of a step, made once more where a negative prompt that ran alone and first could not know its image's choice."""
+    result = calls(*args, **kwargs)
+    if not is_undecided(session):
+        return result
+    del result  # and the graph with it
+    repeat_step(session)
+    return calls(*args, **kwargs)
 
 
 @contextmanager
@@ -231,89 +247,4 @@ def fused_calls(model: nn.Module, session: FusionSession, rows_of: RowLayout) ->
             model.__dict__["forward"] = own
 
 
-class FusionJob:
-    """What DynFuse did in one job. Lives on the job's processing object as `p.dynfuse`.
-
-    Scripts copy processing objects with everything on them; a record on a copy belongs to the original and is not the copy's.
-    """
-
-    def __init__(self, p: Any):
-        self._owner = weakref.ref(p)
-        self.passes: list[FusionPass] = []
-        self.over = False
-        self.decoders = Decoders()
-        self.encoders: Encoders | None = None
-
-    @classmethod
-    def of(cls, p: Any) -> FusionJob | None:
-        """The record of this very object; None if it has none."""
-        job = getattr(p, "dynfuse", None)
-        return job if isinstance(job, cls) and job._owner() is p else None
-
-    @property
-    def current(self) -> FusionPass | None:
-        """The pass that the next denoiser call belongs to; None: it is a plain one."""
-        return self._current if not self.over else None
-
-    _current: FusionPass | None = None
-
-    def begin(self, new: FusionPass | None) -> None:
-        """A prompt's tags were activated: whatever was asked for before no longer holds."""
-        self.finish_current()
-        earlier, self._current = self._current, new
-        if earlier is not None and new is not None:
-            new.succeed(earlier)
-        elif earlier is not None:
-            earlier.release()
-        if new is None:
-            return
-        # A prompt may be activated several times before it is used (A1111 with --lowvram, Forge with hires): only passes that ran count,
-        # and only this batch's, so that a hundred batches do not pile up their records.
-        self.passes = [*(p for p in self.passes if p.trace is not None and p.batch == new.batch), new]
-
-    def finish_current(self) -> None:
-        """Keep the running pass's record, whatever state it was left in."""
-        if self._current is None:
-            return
-        try:
-            self._current.finish()
-        except Exception:
-            log.exception("DynFuse could not read the record of a pass")
-
-    def end(self) -> None:
-        """The job is over, well or badly. The record may be kept for long; the LoRAs are not, with it."""
-        self.finish_current()
-        if self._current is not None:
-            self._current.release()
-        self.decoders.release()
-        if self.encoders is not None:
-            self.encoders.to("cpu")
-        self.over = True
-        for done in self.passes:
-            done.request = None
-
-    def references_for(self, new: FusionPass) -> list[Reference] | None:
-        """Those of an earlier pass of the same batch that asks for the same ones: a hires pass has its first pass's."""
-        assert new.settings is not None
-        for done in reversed(self.passes):
-            if done.guidance is not None and done.batch == new.batch and _same_references(done.guidance.settings, new.settings):
-                return done.guidance.references
-        return None
-
-    def notes(self) -> list[str]:
-        """The sentences of all passes of this batch, each once."""
-        return list(dict.fromkeys(note for p in self.passes for note in p.notes))
-
-
-_REFERENCE_FIELDS = (
-    *("subject", "style", "subject_weight", "style_weight", "te_weight"),
-    *("subject_prompt", "style_prompt", "subject_image", "style_image", "reference_seed"),
-)
-
-
-def _same_references(one: FuseSettings, other: FuseSettings) -> bool:
-    same = all(getattr(one, name) == getattr(other, name) for name in _REFERENCE_FIELDS)
-    return same and sides_needed(one) == sides_needed(other)
-
-
-__all__ = ["Denoisers", "FusionJob", "FusionPass", "Request", "RowLayout", "fused_calls"]
+__all__ = ["FusionPass", "Request", "fused_calls"]

@@ -1,6 +1,7 @@
-"""The text-encoder parts of both LoRAs, which are summed: the paper chooses only inside the denoiser.
+"""The text-encoder parts of all LoRAs, which are summed: the paper chooses only inside the denoiser.
 
-dW = te_weight * (subject_weight * dW_subject + style_weight * dW_style). A host merges it with its own machinery.
+dW = te_weight * (subject_weight * dW_subject + style_weight * dW_style), with a term for every LoRA of a side. A host merges it with its
+own machinery.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from ...lora import LoraFile
 from ...lora.branch import Branch
 from ...settings import FuseSettings
+from ..sides import text_strengths
 from .lora_files import FileVersion
 
 
@@ -35,7 +37,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class TextParts:
-    """What is merged into the text encoders for one pair of LoRAs.
+    """What is merged into the text encoders in one pass.
 
     label: for people; unique to the contents, because the hosts compare LoRAs by name and strength only.
     """
@@ -44,9 +46,12 @@ class TextParts:
     parts: tuple[TextPart, ...]
 
 
-def text_parts(settings: FuseSettings, files: Sequence[LoraFile], versions: Sequence[FileVersion]) -> TextParts | None:
-    """The parts of (subject, style); None if there is nothing to merge."""
-    strengths = (settings.te_weight * settings.subject_weight, settings.te_weight * settings.style_weight)
+def text_parts(
+    settings: FuseSettings, subjects: Sequence[LoraFile], styles: Sequence[LoraFile], versions: Sequence[FileVersion]
+) -> TextParts | None:
+    """The parts of all LoRAs; None if there is nothing to merge. versions: of the subjects, then of the styles."""
+    files = (*subjects, *styles)
+    strengths = text_strengths(settings, len(subjects), len(styles))
     parts = tuple(
         TextPart(file.name, file.text, strength) for file, strength in zip(files, strengths) if strength != 0.0 and any(file.text.values())
     )

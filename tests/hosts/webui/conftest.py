@@ -3,13 +3,14 @@ from __future__ import annotations
 import pytest
 
 from lib_dynfuse.hosts.webui.a1111 import A1111
-from lib_dynfuse.hosts.webui.forge import Forge
+from lib_dynfuse.hosts.webui.forge import FORGE
+from lib_dynfuse.hosts.webui.host import WebUIHost
 from lib_dynfuse.webui.tag import parse_tags
 from tests.fakes.a1111 import FakeA1111
 from tests.fakes.forge import FakeForge
 from tests.fakes.models import TextEncoder, UNet, write_lora
 
-HOSTS = {"a1111": (FakeA1111, A1111), "forge": (FakeForge, Forge)}
+HOSTS = {"a1111": (FakeA1111, A1111), "forge": (FakeForge, FORGE)}
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +38,9 @@ def pristine(host_name, loras):
 @pytest.fixture
 def webui(host_name, loras):
     """A WebUI with DynFuse installed; `.host` is DynFuse's side."""
-    fake, host = HOSTS[host_name]
+    fake, roles = HOSTS[host_name]
     with fake(loras, aliases={"dog": "doggo"}) as running:
-        running.host = host()
+        running.host = WebUIHost(roles)
         running.host.install(parse_tags)
         yield running
         running.host.uninstall()

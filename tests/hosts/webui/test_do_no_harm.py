@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 
 import pytest
 import torch
 
+from lib_dynfuse.hosts.webui import job
 from lib_dynfuse.hosts.webui.a1111 import A1111
 from lib_dynfuse.hosts.webui.capabilities import Call, Seam
 from lib_dynfuse.hosts.webui.detect import nearest
-from lib_dynfuse.hosts.webui.forge import Forge
+from lib_dynfuse.hosts.webui.forge import FORGE
 from lib_dynfuse.hosts.webui.host import WebUIHost
+from lib_dynfuse.hosts.webui.job import JobSeams
 from lib_dynfuse.webui.tag import parse_tags
 from tests.fakes.a1111 import FakeA1111
 from tests.fakes.forge import FakeForge
@@ -20,17 +23,21 @@ from tests.fakes.forks import FakeClassic, FakeNeo, FakeReForge
 from tests.fakes.webui import Processing
 
 TAG = "<dynfuse:dog:watercolor>"
-HOSTS = {"a1111": (FakeA1111, A1111), "forge": (FakeForge, Forge)}
-SEAMS = [need for need in WebUIHost.needs if isinstance(need, Seam)]
-WRAPPERS = [name for name in vars(WebUIHost) if name.startswith("_around_")]
+HOSTS = {"a1111": (FakeA1111, A1111), "forge": (FakeForge, FORGE)}
+SEAMS = [need for need in job.NEEDS if isinstance(need, Seam)]
+WRAPPERS = [name for name in vars(JobSeams) if name.startswith("_around_")]
 
 # Everything of a host that can be looked up before a model is loaded.
-NEEDS = [pytest.param(fake, host, need, id=f"{name}-{need.name}") for name, (fake, host) in HOSTS.items() for need in host.needs]
+NEEDS = [
+    pytest.param(fake, roles, need, id=f"{name}-{need.name}")
+    for name, (fake, roles) in HOSTS.items()
+    for need in dict.fromkeys(WebUIHost(roles).needs)
+]
 CALLED = [case for case in NEEDS if isinstance(case.values[2], (Call, Seam))]
 # And everything else that the fakes' modules hold, whether we know of reading it or not.
 EVERYTHING = [
-    pytest.param(fake, host, module, name, id=f"{key}-{module}.{name}")
-    for key, (fake, host) in HOSTS.items()
+    pytest.param(fake, roles, module, name, id=f"{key}-{module}.{name}")
+    for key, (fake, roles) in HOSTS.items()
     for module, contents in fake({}).modules.items()
     for name in vars(contents)
     if not name.startswith("__")
@@ -114,21 +121,22 @@ def same(one, other):
 PROMPTS = ("a cat", "a cat <lora:sharp:0.8>", f"a cat {TAG}")
 
 
-def left_alone(fake, host, loras, change, capsys):
-    """The host part after an install into a WebUI that was changed. All its jobs are those of one without DynFuse."""
+def left_alone(fake, roles, loras, change, capsys):
+    """Why DynFuse is off in a WebUI that was changed, all of whose jobs are those of one without DynFuse."""
     with fake(loras) as webui, change(webui):
         expected = [outcome(webui, prompt) for prompt in PROMPTS]
     with fake(loras) as webui, change(webui):
         before = functions_of(webui)
-        ours = host()
+        ours = WebUIHost(roles())
         capsys.readouterr()
         ours.install(parse_tags)
+        off = ours.off
         assert untouched(webui, before)
         assert all(same(outcome(webui, prompt), other) for prompt, other in zip(PROMPTS, expected))
-        assert capsys.readouterr().out.count(ours.off) == 1
+        assert capsys.readouterr().out.count(off) == 1
         ours.uninstall()
         assert untouched(webui, before)
-    return ours
+    return off
 
 
 def without(need, how=removed):
@@ -141,54 +149,39 @@ def without(need, how=removed):
 
 
 class TestWhatIsNeeded:
-    @pytest.mark.parametrize(("fake", "host", "need"), NEEDS)
-    def test_missing_it_is_named_and_nothing_is_wrapped(self, fake, host, need, loras, capsys):
-        sentences = []
+    @pytest.mark.parametrize(("fake", "roles", "need"), NEEDS)
+    def test_missing_it_is_named_and_nothing_is_wrapped(self, fake, roles, need, loras, capsys):
+        off = left_alone(fake, lambda: roles, loras, without(need), capsys)
+        assert need.name in off
+        assert "\n" not in off
 
-        class Noted(host):
-            def install(self, parse):
-                super().install(parse)
-                sentences.append(self.off)
-
-        left_alone(fake, Noted, loras, without(need), capsys)
-        assert need.name in sentences[0]
-        assert sentences[0].count(".\n") == 0
-
-    @pytest.mark.parametrize(("fake", "host", "need"), NEEDS)
-    def test_under_another_name_it_is_missing(self, fake, host, need, loras):
+    @pytest.mark.parametrize(("fake", "roles", "need"), NEEDS)
+    def test_under_another_name_it_is_missing(self, fake, roles, need, loras):
         with fake(loras) as webui, without(need, renamed)(webui):
-            ours = host()
+            ours = WebUIHost(roles)
             ours.install(parse_tags)
             assert f"{need.name} is missing" in ours.off
 
-    @pytest.mark.parametrize(("fake", "host", "need"), CALLED)
-    def test_with_other_parameters_it_is_named_and_nothing_is_wrapped(self, fake, host, need, loras, capsys):
-        sentences = []
-
-        class Noted(host):
-            def install(self, parse):
-                super().install(parse)
-                sentences.append(self.off)
-
-        change = without(need, resigned)
-        left_alone(fake, Noted, loras, change, capsys)
-        assert f"{need.name} takes other arguments" in sentences[0]
+    @pytest.mark.parametrize(("fake", "roles", "need"), CALLED)
+    def test_with_other_parameters_it_is_named_and_nothing_is_wrapped(self, fake, roles, need, loras, capsys):
+        off = left_alone(fake, lambda: roles, loras, without(need, resigned), capsys)
+        assert f"{need.name} takes other arguments" in off
 
     @pytest.mark.parametrize("name", list(HOSTS))
     def test_parameters_behind_ours_do_not_matter(self, name, loras):
-        fake, host = HOSTS[name]
+        fake, roles = HOSTS[name]
         with fake(loras) as webui:
             load = webui.networks.load_networks
             webui.networks.load_networks = lambda names, te_multipliers, unet_multipliers, dyn_dims=None, more=None: load(
                 names, te_multipliers, unet_multipliers, dyn_dims
             )
-            ours = host()
+            ours = WebUIHost(roles)
             ours.install(parse_tags)
             assert ours.off is None
             fused = webui.run(f"a cat {TAG}<lora:sharp:0.5>")
             ours.uninstall()
         with fake(loras) as webui:
-            ours = host()
+            ours = WebUIHost(roles)
             ours.install(parse_tags)
             assert torch.equal(webui.run(f"a cat {TAG}<lora:sharp:0.5>"), fused)
             ours.uninstall()
@@ -208,14 +201,14 @@ class TestWhatIsNeeded:
             module = webui.modules["modules.sd_samplers_timesteps"]
             module.CompVisSampler = Fixed("CompVisSampler", (), {"get_timesteps": lambda self, p, steps: None})
             before = functions_of(webui)
-            ours = HOSTS[host_name][1]()
+            ours = WebUIHost(HOSTS[host_name][1])
             ours.install(parse_tags)
             assert "could not be installed" in ours.off
             assert untouched(webui, before)
 
     def test_what_comes_back_is_used_after_the_next_reload(self, pristine, host_name):
         with pristine() as webui:
-            ours = HOSTS[host_name][1]()
+            ours = WebUIHost(HOSTS[host_name][1])
             with removed(webui.networks, "load_networks"):
                 ours.install(parse_tags)
             assert ours.off is not None
@@ -231,12 +224,12 @@ class TestWhatIsNeeded:
 
 
 class TestEverythingElse:
-    @pytest.mark.parametrize(("fake", "host", "module", "name"), EVERYTHING)
-    def test_a_missing_attribute_changes_no_plain_picture_and_a_fused_job_says_what_is_wrong(self, fake, host, module, name, loras):
+    @pytest.mark.parametrize(("fake", "roles", "module", "name"), EVERYTHING)
+    def test_a_missing_attribute_changes_no_plain_picture_and_a_fused_job_says_what_is_wrong(self, fake, roles, module, name, loras):
         with fake(loras) as webui, removed(webui.modules[module], name):
             expected = [outcome(webui, prompt) for prompt in PROMPTS[:2]]
         with fake(loras) as webui, removed(webui.modules[module], name):
-            ours = host()
+            ours = WebUIHost(roles)
             ours.install(parse_tags)
             assert all(same(outcome(webui, prompt), other) for prompt, other in zip(PROMPTS, expected))
             if ours.off is None and all(isinstance(picture, torch.Tensor) for picture in expected):
@@ -255,16 +248,7 @@ class TestOtherWebUIs:
 
     @pytest.mark.parametrize(("fake", "reason"), FORKS)
     def test_it_is_left_alone_with_one_sentence(self, fake, reason, loras, capsys):
-        sentences = []
-
-        def detected():
-            host = nearest()
-            install = host.install
-            host.install = lambda parse: (install(parse), sentences.append(host.off))
-            return host
-
-        left_alone(fake, detected, loras, lambda webui: contextlib.nullcontext(), capsys)
-        assert reason in sentences[0]
+        assert reason in left_alone(fake, nearest, loras, lambda webui: contextlib.nullcontext(), capsys)
 
     @pytest.mark.parametrize(("fake", "reason"), FORKS)
     def test_its_own_loras_work_there(self, fake, reason, loras):
@@ -291,7 +275,7 @@ class TestOurOwnErrors:
     @pytest.fixture
     def broken(self, host_name, loras):
         """A WebUI with a host part one of whose methods is another function, and how often each of its functions was called."""
-        fake, host = HOSTS[host_name]
+        fake, roles = HOSTS[host_name]
         with contextlib.ExitStack() as stack:
 
             def start(**methods):
@@ -299,7 +283,8 @@ class TestOurOwnErrors:
                 webui.calls = []
                 for seam in SEAMS:
                     count(*seam.place(), webui.calls)
-                webui.host = type("Broken", (host,), methods)()
+                webui.host = WebUIHost(roles)
+                webui.host.jobs.__class__ = type("Broken", (JobSeams,), methods)
                 webui.host.install(parse_tags)
                 stack.callback(webui.host.uninstall)
                 return webui
@@ -362,7 +347,7 @@ class TestOurOwnErrors:
     @pytest.mark.parametrize("prompt", PROMPTS)
     @pytest.mark.parametrize("seam", [seam for seam in SEAMS if "get_timesteps" not in seam.name], ids=lambda seam: seam.path)
     def test_an_error_of_the_host_passes_through_and_its_function_is_called_once(self, host_name, loras, seam, prompt):
-        fake, host = HOSTS[host_name]
+        fake, roles = HOSTS[host_name]
         with fake(loras) as webui:
             owner, name = seam.place()
             static, original = inspect.getattr_static(owner, name), getattr(owner, name)
@@ -374,7 +359,7 @@ class TestOurOwnErrors:
 
             failing.__signature__ = inspect.signature(original)
             setattr(owner, name, failing)
-            ours = host()
+            ours = WebUIHost(roles)
             ours.install(parse_tags)
             assert ours.off is None
             try:
@@ -390,19 +375,19 @@ class TestOurOwnErrors:
 
     def test_the_job_after_a_failed_end_is_plain_again(self, host_name, loras, pristine):
         """Text parts that could not be taken back are tried again at the next prompt."""
-        fake, host = HOSTS[host_name]
+        fake, roles = HOSTS[host_name]
         with pristine() as webui:
             expected = webui.run("a cat")
         failing = [True]
 
-        class Forgetful(host):
-            def remove_text_parts(self):
+        class Forgetful(type(roles.text_encoders)):
+            def remove(self):
                 if failing and failing.pop():
                     raise Mishap("ours")
-                super().remove_text_parts()
+                super().remove()
 
         with fake(loras) as webui:
-            ours = Forgetful()
+            ours = WebUIHost(dataclasses.replace(roles, text_encoders=Forgetful()))
             ours.install(parse_tags)
             webui.run(f"a cat {TAG}")
             assert torch.equal(webui.run("a cat"), expected)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lib_dynfuse.guidance.decode import private_copy
-from lib_dynfuse.hosts.webui.forge import Forge
+from lib_dynfuse.hosts.webui.forge import ForgeCheckpoints, ForgeDenoisers, ForgeSamplers
 from tests.fakes import forge as fakes
 from tests.fakes.forge import FakeForge
 from tests.fakes.webui import SCALE, Conditioning, Processing, decoder
@@ -48,7 +48,7 @@ def forward(denoiser, args, kwargs):
 
 class TestDifferentiable:
     def gradient(self, denoiser, args, kwargs, weights):
-        with torch.inference_mode(), Forge().differentiable(denoiser, args, kwargs) as (given, more):
+        with torch.inference_mode(), ForgeSamplers().differentiable(denoiser, args, kwargs) as (given, more):
             x = given[0] if given else more["x"]
             assert x.is_leaf
             (gradient,) = torch.autograd.grad((forward(denoiser, given, more) * weights).sum(), x)
@@ -102,7 +102,7 @@ class TestDifferentiable:
         raised = False
         with torch.inference_mode():
             try:
-                with Forge().differentiable(denoiser, args, kwargs) as (given, more):
+                with ForgeSamplers().differentiable(denoiser, args, kwargs) as (given, more):
                     forward(denoiser, given, more)
                     raise error
             except type(error):
@@ -145,9 +145,9 @@ class TestModel:
     )
     def test_its_kind_is_told_by_what_it_predicts(self, webui, denoiser, predictor, kind, rectified):
         webui.shared.sd_model = webui.checkpoint("another", seed=1, predictor=getattr(fakes, predictor))
-        host = Forge()
-        assert host.schedule_kind(denoiser) == kind
-        assert host.rectified_ancestral(denoiser) == rectified
+        samplers = ForgeSamplers()
+        assert samplers.kind(denoiser) == kind
+        assert samplers.rectified_ancestral(denoiser) == rectified
 
     def test_the_vaes_decoder_can_be_copied_and_decodes_as_it_does(self, webui, denoiser):
         model = webui.shared.sd_model.forge_objects.vae.first_stage_model
@@ -155,46 +155,44 @@ class TestModel:
             model.post_quant_conv = nn.Conv2d(4, 4, 1)
             z = torch.randn(1, 4, 4, 4)
             expected = model.decoder(model.post_quant_conv(z))
-            vae = Forge().host_vae(denoiser)
+            vae = ForgeSamplers().vae(denoiser)
             copied = private_copy(vae.decoder, torch.float32, "cpu")
         assert torch.allclose(copied(z.clone()), expected, atol=1e-6)
         assert not any(parameter.is_inference() for parameter in copied.parameters())
         assert (vae.scale, vae.shift, vae.dtype) == (SCALE, 0.0, torch.float32)
-        assert vae.identity == Forge().host_vae(denoiser).identity
+        assert vae.identity == ForgeSamplers().vae(denoiser).identity
 
     def test_another_checkpoint_has_another_vae(self, webui, denoiser):
-        first = Forge().host_vae(denoiser).identity
+        first = ForgeSamplers().vae(denoiser).identity
         kept, webui.shared.sd_model = webui.shared.sd_model, webui.checkpoint("another", seed=1)
-        assert Forge().host_vae(denoiser).identity != first
+        assert ForgeSamplers().vae(denoiser).identity != first
         assert kept is not webui.shared.sd_model
 
     def test_taesds_pictures_are_brought_to_the_range_of_the_vaes(self, webui, denoiser):
         network = decoder()
         webui.modules["modules.sd_vae_taesd"].decoder_model = lambda: network
-        host = Forge()
-        taesd = host.taesd_decoder(denoiser)
+        taesd = ForgeSamplers().taesd_decoder(denoiser)
         latent = torch.randn(1, 4, 4, 4)
         assert torch.equal(taesd(latent), network(latent) * 2 - 1)
 
     def test_the_memory_of_a_guided_step_is_reserved_beside_that_of_the_pair(self, webui):
-        host, p = Forge(), Processing("a cat", sd_model=webui.shared.sd_model)
+        p = Processing("a cat", sd_model=webui.shared.sd_model)
         before = webui.shared.sd_model.forge_objects.unet
-        host.reserve_memory(p, 100)
-        host.reserve_guidance_memory(p, 5000)
+        ForgeDenoisers().reserve(p, 100, 5000)
         assert webui.shared.sd_model.forge_objects.unet.extra_preserved_memory_during_sampling == 5400
         assert before.extra_preserved_memory_during_sampling == 0
 
     def test_a_reference_is_made_with_the_jobs_distilled_guidance(self):
-        assert Forge().reference_arguments(Processing("a cat", distilled_cfg_scale=2.5)) == {"distilled_cfg_scale": 2.5}
+        assert ForgeCheckpoints().arguments(Processing("a cat", distilled_cfg_scale=2.5)) == {"distilled_cfg_scale": 2.5}
 
     def test_other_text_encoders_or_a_rounded_model_are_another_base(self, webui):
         loaded = webui.modules["modules.sd_models"].model_data.forge_loading_parameters
         p = Processing("a cat")
-        first = Forge().base_identity(p)
+        first = ForgeCheckpoints().identity(p)
         loaded["additional_modules"] = ["/models/t5.safetensors"]
-        second = Forge().base_identity(p)
+        second = ForgeCheckpoints().identity(p)
         loaded["unet_storage_dtype"] = torch.float8_e4m3fn
-        assert len({first, second, Forge().base_identity(p)}) == 3
+        assert len({first, second, ForgeCheckpoints().identity(p)}) == 3
 
 
 class TestSamplersOnEps:
@@ -206,19 +204,19 @@ class TestSamplersOnEps:
 
     def test_timesteps_become_noise_levels_as_forge_rounds_them(self, ddim):
         alphas = ddim.inner_model.inner_model.alphas_cumprod
-        levels = Forge().noise_levels(ddim, torch.tensor([0.0, 1.4, 500.6, 999.0]))
+        levels = ForgeSamplers().noise_levels(ddim, torch.tensor([0.0, 1.4, 500.6, 999.0]))
         assert torch.allclose(levels, ((1 - alphas) / alphas).sqrt()[[0, 1, 501, 999]])
 
     def test_d_is_read_off_the_noise(self, ddim):
         x, d, s = torch.randn(1, 4, 2, 2), torch.randn(1, 4, 2, 2), 3.0
         eps = (x - d) / s
-        assert torch.allclose(Forge().denoised(ddim, x / (1 + s**2) ** 0.5, s, eps), d, atol=1e-5)
+        assert torch.allclose(ForgeSamplers().denoised(ddim, x / (1 + s**2) ** 0.5, s, eps), d, atol=1e-5)
 
     def test_with_a_mask_d_is_what_forge_keeps_as_the_last_latent(self, ddim):
         ddim.mask, ddim.sampler.last_latent = torch.ones(1), torch.randn(1, 4, 2, 2)
-        assert Forge().denoised(ddim, torch.zeros(1), 3.0, torch.zeros(1)) is ddim.sampler.last_latent
+        assert ForgeSamplers().denoised(ddim, torch.zeros(1), 3.0, torch.zeros(1)) is ddim.sampler.last_latent
 
     def test_other_samplers_hand_out_d(self, denoiser):
         d = torch.randn(1, 4, 2, 2)
-        assert Forge().denoised(denoiser, torch.zeros(1), 3.0, d) is d
-        assert torch.equal(Forge().noise_levels(denoiser, torch.tensor([3.0])), torch.tensor([3.0]))
+        assert ForgeSamplers().denoised(denoiser, torch.zeros(1), 3.0, d) is d
+        assert torch.equal(ForgeSamplers().noise_levels(denoiser, torch.tensor([3.0])), torch.tensor([3.0]))

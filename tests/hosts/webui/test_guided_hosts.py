@@ -59,7 +59,7 @@ def job(webui, prompt, **settings):
 
 def score(webui, latents, references):
     """Eqs. 16-19, one per image, written out."""
-    encoders = load_encoders(webui.host.encoder_sources())
+    encoders = load_encoders(webui.host.storage.encoder_sources())
     pictures = fakes.decoder()(latents / fakes.SCALE)
     by_side = {}
     for reference in references:
@@ -416,7 +416,7 @@ class TestMemory:
 
     def test_exact_falls_back_to_fast_when_the_denoiser_runs_out_of_memory(self, guided, monkeypatch):
         fast, _ = job(guided, f"a cat {tag()}")
-        unet = type(guided.host.denoiser(stand_in(guided)))
+        unet = type(guided.host.roles.denoisers.denoiser(stand_in(guided)))
         original = unet.forward
 
         def forward(self, *args, **kwargs):
@@ -432,7 +432,7 @@ class TestMemory:
 
     def test_exact_falls_back_to_fast_when_another_extension_cannot_be_differentiated(self, guided):
         fast, _ = job(guided, f"a cat {tag()}")
-        unet = guided.host.denoiser(stand_in(guided))
+        unet = guided.host.roles.denoisers.denoiser(stand_in(guided))
         original = unet.forward
 
         def forward(x, *args, **kwargs):
@@ -448,7 +448,7 @@ class TestMemory:
         assert done.guidance.record.steps == [0, 1, 2]
 
     def test_any_other_error_in_an_exact_step_stops_the_job(self, guided):
-        unet = guided.host.denoiser(stand_in(guided))
+        unet = guided.host.roles.denoisers.denoiser(stand_in(guided))
         original = unet.forward
 
         def forward(x, *args, **kwargs):

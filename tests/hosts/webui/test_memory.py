@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import torch
 
 from lib_dynfuse import FuseSettings
-from lib_dynfuse.hosts.webui.forge import Forge
-from lib_dynfuse.hosts.webui.passes import FusionJob, FusionPass, Request
+from lib_dynfuse.hosts.webui.forge import FORGE
+from lib_dynfuse.hosts.webui.host import WebUIHost
+from lib_dynfuse.hosts.webui.passes import FusionPass, Request
+from lib_dynfuse.hosts.webui.record import FusionJob
 from lib_dynfuse.lora.branch import Dense, LowRank
 
 
@@ -33,8 +35,8 @@ def test_the_branches_size_is_reserved_on_a_copy_of_the_patcher():
     subject = SimpleNamespace(denoiser={"a": LowRank(torch.zeros(4, 10), torch.zeros(20, 4)), "b": Dense(torch.zeros(6, 7))})
     style = SimpleNamespace(denoiser={"a": LowRank(torch.zeros(2, 10), torch.zeros(20, 2))})
     job = p.dynfuse = FusionJob(p)
-    job.begin(FusionPass(Forge(), request=Request(FuseSettings(), subject, style, frozenset(), (), None)))
-    Forge().before_sampling(p)
+    job.begin(FusionPass(FORGE, request=Request(FuseSettings(), (subject,), (style,), frozenset(), (), None)))
+    WebUIHost(FORGE).before_sampling(p)
     numbers = 4 * (10 + 20) + 6 * 7 + 2 * (10 + 20)
     assert p.sd_model.forge_objects.unet.reserved == 1000 + 2 * numbers
     assert before.reserved == 1000  # the patcher that other jobs use
@@ -43,5 +45,5 @@ def test_the_branches_size_is_reserved_on_a_copy_of_the_patcher():
 def test_a_plain_job_reserves_nothing():
     p = Processing()
     unet = p.sd_model.forge_objects.unet
-    Forge().before_sampling(p)
+    WebUIHost(FORGE).before_sampling(p)
     assert p.sd_model.forge_objects.unet is unet

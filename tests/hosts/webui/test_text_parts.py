@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib_dynfuse.hosts.webui.a1111 import TextNetwork, text_modules
-from lib_dynfuse.hosts.webui.forge import Forge, text_patches
+from lib_dynfuse.hosts.webui.forge import ForgeDenoisers, text_patches
 from lib_dynfuse.hosts.webui.lora_files import FileVersion
 from lib_dynfuse.hosts.webui.text_parts import TextPart, TextParts, text_parts
 from lib_dynfuse.lora.branch import Dense, FromWeight, LowRank
@@ -38,7 +38,7 @@ def parts(*encoders, strengths=(0.7, 1.3)):
 
 class TestWhatIsMerged:
     def files(self, *texts):
-        return [types.SimpleNamespace(name=f"file{i}", text=t) for i, t in enumerate(texts)]
+        return [(types.SimpleNamespace(name=f"file{i}", text=t),) for i, t in enumerate(texts)]
 
     def versions(self, time=1):
         return [FileVersion("a", time, 1), FileVersion("b", 1, 1)]
@@ -46,21 +46,21 @@ class TestWhatIsMerged:
     def test_strengths_are_the_users_times_the_text_encoder_weight(self):
         made = text_parts(
             FuseSettings("a", "b", 0.5, 2.0, te_weight=0.5),
-            self.files({"te1": {Q: low_rank(0)}}, {"te1": {Q: low_rank(1)}}),
+            *self.files({"te1": {Q: low_rank(0)}}, {"te1": {Q: low_rank(1)}}),
             self.versions(),
         )
         assert [part.strength for part in made.parts] == [0.25, 1.0]
 
     def test_nothing_without_text_parts_or_without_weight(self):
         with_text = self.files({"te1": {Q: low_rank(0)}}, {})
-        assert text_parts(FuseSettings("a", "b"), self.files({}, {"te1": {}}), self.versions()) is None
-        assert text_parts(FuseSettings("a", "b", te_weight=0), with_text, self.versions()) is None
-        assert text_parts(FuseSettings("a", "b", subject_weight=0), with_text, self.versions()) is None
+        assert text_parts(FuseSettings("a", "b"), *self.files({}, {"te1": {}}), self.versions()) is None
+        assert text_parts(FuseSettings("a", "b", te_weight=0), *with_text, self.versions()) is None
+        assert text_parts(FuseSettings("a", "b", subject_weight=0), *with_text, self.versions()) is None
 
     def test_the_label_follows_contents_and_strengths(self):
         files = self.files({"te1": {Q: low_rank(0)}}, {"te1": {Q: low_rank(1)}})
         labels = {
-            text_parts(FuseSettings("a", "b", **settings), files, self.versions(time)).label
+            text_parts(FuseSettings("a", "b", **settings), *files, self.versions(time)).label
             for settings, time in (({}, 1), ({"subject_weight": 0.5}, 1), ({"te_weight": 0.5}, 1), ({}, 2), ({"criterion": "js"}, 1))
         }
         assert len(labels) == 4  # the criterion changes nothing in the text encoder
@@ -225,13 +225,13 @@ class TestForgesQuantisedWeights:
     def test_gguf(self, baked):
         values = torch.randn(3, 3)
         layer = types.SimpleNamespace(weight=self.packed(values, baked))
-        torch.testing.assert_close(Forge().weight_of(layer).as_subclass(torch.Tensor), values / 2)
+        torch.testing.assert_close(ForgeDenoisers().weight_of(layer).as_subclass(torch.Tensor), values / 2)
         assert layer.weight.baked is baked
 
     def test_fp8_with_a_scale(self):
         values = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
         layer = types.SimpleNamespace(weight=values.to(torch.float8_e4m3fn), scale_weight=torch.tensor(3.0))
-        weight = Forge().weight_of(layer)
+        weight = ForgeDenoisers().weight_of(layer)
         assert weight.dtype == torch.float32
         torch.testing.assert_close(weight, 3 * values)
 

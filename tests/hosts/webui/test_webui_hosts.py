@@ -377,7 +377,7 @@ class TestNoTrace:
     def test_after_a_job_whose_end_was_not_seen(self, webui, plain):
         """Even if nothing told us that the job died: activation replaces everything."""
         webui.modules["modules.extra_networks"].activate(Processing(""), webui.parse_prompt(TAG)[1])
-        assert webui.host._active is not None
+        assert webui.host.jobs._active is not None
         self.after(webui, plain)
 
     def test_a_malformed_lora_tag_in_the_next_job_does_not_bring_the_text_parts_back(self, webui, plain):
@@ -480,26 +480,26 @@ class TestInstalling:
 
 class TestLoraList:
     def test_names_paths_and_hashes_are_the_hosts(self, webui, loras):
-        host = webui.host
-        assert host.lora_names() == ["dog", "sharp", "watercolor"]
-        assert host.lora_path("dog") == host.lora_path("doggo") == loras["dog"]
-        assert host.lora_path("../dog") is None
-        assert host.lora_hash("dog") == "hash-dog"
-        assert host.lora_name_by_hash("hash-dog") == "dog"
-        assert host.lora_name_by_hash("nothing") is None
+        catalogue = webui.host.catalogue
+        assert catalogue.names() == ["dog", "sharp", "watercolor"]
+        assert catalogue.path("dog") == catalogue.path("doggo") == loras["dog"]
+        assert catalogue.path("../dog") is None
+        assert catalogue.hash("dog") == "hash-dog"
+        assert catalogue.name_by_hash("hash-dog") == "dog"
+        assert catalogue.name_by_hash("nothing") is None
 
     def test_an_alias_of_two_files_stands_for_neither(self, webui):
         webui.networks.forbidden_network_aliases["doggo"] = 1
-        assert webui.host.lora_path("doggo") is None
-        assert webui.host.lora_path("dog") is not None
+        assert webui.host.catalogue.path("doggo") is None
+        assert webui.host.catalogue.path("dog") is not None
         webui.networks.forbidden_network_aliases.clear()
 
     def test_a_preview_beside_the_file_is_found(self, webui, tmp_path, loras):
         webui.files["pictured"] = shutil.copy(loras["dog"], tmp_path / "pictured.safetensors")
-        webui.host.refresh()
-        assert webui.host.lora_preview("pictured") is None
+        webui.host.catalogue.refresh()
+        assert webui.host.catalogue.preview("pictured") is None
         (tmp_path / "pictured.preview.png").write_bytes(b"")
-        assert webui.host.lora_preview("pictured") == str(tmp_path / "pictured.preview.png")
+        assert webui.host.catalogue.preview("pictured") == str(tmp_path / "pictured.preview.png")
 
     def test_a_file_is_read_once_for_many_jobs(self, webui, monkeypatch):
         from lib_dynfuse.hosts.webui import lora_files
