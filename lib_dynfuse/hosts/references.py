@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,4 +29,12 @@ def activation_text(lora_path: str) -> str | None:
     return text.strip() if isinstance(text, str) and text.strip() else None
 
 
-__all__ = ["activation_text", "alone"]
+def activation_texts(lora_paths: Sequence[str]) -> str | None:
+    """The activation texts of a side's LoRAs in one line, None where there is none."""
+    texts = [text for path in lora_paths if (text := activation_text(path)) is not None]
+    if len(texts) < 2:
+        return texts[0] if texts else None
+    return ", ".join(text.strip(" ,") for text in texts)
+
+
+__all__ = ["activation_text", "activation_texts", "alone"]

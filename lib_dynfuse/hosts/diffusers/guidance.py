@@ -23,7 +23,7 @@ from ...guidance.weights import EncoderSources, Progress
 from ...home import encoders_folder, references_folder
 from ...settings import FuseSettings
 from ..wrapping import wrapped
-from .schedulers import SchedulerSteps, Step, packed, unpacking
+from .schedulers import SchedulerStep, SchedulerSteps, packed, unpacking
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class GuidedCall:
         del output, leaf
         return step(corrected, timestep, sample, *args, **kwargs)
 
-    def _corrected(self, output: Tensor, sample: Tensor, step: Step, leaf: Tensor | None) -> Tensor:
+    def _corrected(self, output: Tensor, sample: Tensor, step: SchedulerStep, leaf: Tensor | None) -> Tensor:
         if leaf is not None and not output.requires_grad:
             self._guide.abandon_exact("something in the pipeline keeps no gradient")
         if leaf is None or self._guide.gradient == "fast":

@@ -28,15 +28,16 @@ from ...guidance.guide import GuidanceRecord, wants_guidance
 from ...guidance.references import Reference, reference_of_given, sides_needed
 from ...guidance.score import Targets
 from ...guidance.weights import EncoderError
-from ...lora import LoraFile
 from ...reasons import first_line
 from ...settings import FuseSettings
 from ..references import alone
+from ..sides import Loras, as_tuple, one_or_all
+from ..step import begin_step, end_step
 from ..wrapping import wrapped
 from .guidance import GuidanceSources, GuidedCall, NoDecoderError, guidance_decoders
 from .loading import PipelineError
 from .references import Job, influential, reference_key, reference_prompt
-from .schedulers import SchedulerError, SchedulerSteps
+from .schedulers import SchedulerError, SchedulerSteps, StepsOfCalls
 from .text import SummedTextParts, text_encoders
 
 
@@ -62,24 +63,25 @@ ReferenceProgress = Callable[[str, int, int], None]
 
 
 class FusedPipeline:
-    """A pipeline and a pair of LoRAs. Nothing is changed on the pipeline between calls."""
+    """A pipeline and its LoRAs. Nothing is changed on the pipeline between calls."""
 
     def __init__(
         self,
         pipeline: Any,
-        subject: LoraFile,
-        style: LoraFile,
+        subject: Loras,
+        style: Loras,
         settings: FuseSettings | None = None,
         guidance: GuidanceSources | None = None,
     ):
-        """pipeline: a diffusers pipeline of PIPELINES. guidance: where a guided call takes its encoders from and keeps its references,
-        None for the user's own folders. Raises FusionError when the LoRAs do not fit the pipeline or each other.
+        """pipeline: a diffusers pipeline of PIPELINES. subject, style: one LoRA or several. guidance: where a guided call takes its
+        encoders from and keeps its references, None for the user's own folders. Raises FusionError when the LoRAs do not fit the pipeline
+        or each other.
         """
         self.pipeline = pipeline
-        self.subject, self.style = subject, style
+        self.subjects, self.styles = as_tuple(subject), as_tuple(style)
         self.settings = settings or FuseSettings()
         self.guidance = guidance or GuidanceSources()
-        self._text = SummedTextParts(text_encoders(pipeline), subject, style, self.settings)
+        self._text = SummedTextParts(text_encoders(pipeline), self.subjects, self.styles, self.settings)
         self._new_session()  # tells now whether the pair fits, not after the prompt was encoded
 
     def __call__(
@@ -144,23 +146,27 @@ class FusedPipeline:
         )
 
     def _new_session(self) -> FusionSession:
-        return FusionSession(denoiser(self.pipeline), self.subject, self.style, self.settings)
+        return FusionSession(denoiser(self.pipeline), one_or_all(self.subjects), one_or_all(self.styles), self.settings)
 
     @contextmanager
     def _during_denoising(self, session: FusionSession, call: GuidedCall | None) -> Iterator[None]:
         """Each call of the denoiser is a step, in the session's hands; the guidance, if any, takes over behind it."""
 
+        steps = StepsOfCalls(self.pipeline.scheduler)
+
         def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             name = next((name for name in ("sample", "hidden_states") if name in kwargs), None)
             latent = kwargs[name] if name else args[0]
             rows = rows_of(self.pipeline, latent.shape[0])
-            session.new_step()
+            begin_step(session, steps.next())
 
             def run(latent: torch.Tensor) -> Any:
                 with session.attached(rows):
                     return forward(*args, **{**kwargs, name: latent}) if name else forward(latent, *args[1:], **kwargs)
 
-            return call.denoise(run, latent, kwargs, rows.count) if call else run(latent)
+            result = call.denoise(run, latent, kwargs, rows.count) if call else run(latent)
+            end_step(session)
+            return result
 
         with ExitStack() as stack:
             stack.enter_context(wrapped(denoiser(self.pipeline), "forward", around))
@@ -201,12 +207,12 @@ class FusedPipeline:
         settings, cache = self.settings, self.guidance.cache
         if given := getattr(settings, f"{side}_image"):
             return reference_of_given(side, given, cache, encoders)
-        lora = getattr(self, side)
-        prompt = reference_prompt(side, settings, lora, prompt)
-        key = reference_key(side, settings, lora, prompt, job, self.pipeline, encoders.identity)
+        loras = self.subjects if side == "subject" else self.styles
+        prompt = reference_prompt(side, settings, loras, prompt)
+        key = reference_key(side, settings, loras, prompt, job, self.pipeline, encoders.identity)
         if (known := cache.get(key)) is not None:
             return known
-        made = FusedPipeline(self.pipeline, self.subject, self.style, alone(settings, side))(
+        made = FusedPipeline(self.pipeline, self.subjects, self.styles, alone(settings, side))(
             prompt,
             negative_prompt=job.negative_prompt,
             seeds=[job.seed],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from ...guidance.references import ReferenceKey
 from ...lora import LoraFile
 from ...settings import FuseSettings
-from ..references import activation_text
+from ..references import activation_texts
 
 # Values of each weight tensor that go into a model's fingerprint: a finetune or a merged LoRA changes nearly all of them.
 _VALUES_PER_TENSOR = 1024
@@ -36,12 +36,14 @@ class Job:
     more: Mapping[str, Any]
 
 
-def reference_prompt(side: str, settings: FuseSettings, lora: LoraFile, prompt: str) -> str:
-    """The side's own prompt, else its LoRA's activation text, else the job's prompt."""
-    return getattr(settings, f"{side}_prompt") or activation_text(str(lora.path)) or prompt
+def reference_prompt(side: str, settings: FuseSettings, loras: Sequence[LoraFile], prompt: str) -> str:
+    """The side's own prompt, else its LoRAs' activation texts, else the job's prompt."""
+    return getattr(settings, f"{side}_prompt") or activation_texts([str(lora.path) for lora in loras]) or prompt
 
 
-def reference_key(side: str, settings: FuseSettings, lora: LoraFile, prompt: str, job: Job, pipeline: Any, encoders: str) -> ReferenceKey:
+def reference_key(
+    side: str, settings: FuseSettings, loras: Sequence[LoraFile], prompt: str, job: Job, pipeline: Any, encoders: str
+) -> ReferenceKey:
     """Everything that the side's reference depends on. encoders: Encoders.identity."""
     networks = {name: part for name, part in sorted(pipeline.components.items()) if isinstance(part, nn.Module)}
     own = {name for name in networks if name != "vae"}
@@ -51,7 +53,7 @@ def reference_key(side: str, settings: FuseSettings, lora: LoraFile, prompt: str
         side=side,
         checkpoint=_digest(*(fingerprint(networks[name]) for name in sorted(own))),
         vae=fingerprint(pipeline.vae),
-        lora=hashlib.sha256(lora.path.read_bytes()).hexdigest(),
+        lora="+".join(hashlib.sha256(lora.path.read_bytes()).hexdigest() for lora in loras),
         strength=strength,
         te_strength=strength * settings.te_weight,
         others="",

@@ -6,6 +6,8 @@ In all of them D is a linear combination of the two, so a shift of D is a shift 
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...guidance.correction import Kind, Level, Schedule, step_level
+from ..step import Step
 
 # Euler's own stand-in for the infinite level of a schedule with zero terminal signal (scheduling_euler_discrete.py, 2**-24).
 _LEAST_SIGNAL = 2.0**-24
@@ -32,7 +35,7 @@ class SchedulerError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Step:
+class SchedulerStep:
     """A scheduler's step to be: D = of_sample * sample + of_output * output.
 
     input_scale: the denoiser's input is the sample times this.
@@ -87,18 +90,18 @@ class SchedulerSteps:
             return self._level_of(int(timestep))
         return float(self.scheduler.sigmas[self._index(timestep)])
 
-    def step(self, timestep: Any, eta: float = 0.0) -> Step:
+    def step(self, timestep: Any, eta: float = 0.0) -> SchedulerStep:
         """The coming step. eta: DDIM's, which the pipelines hand to step()."""
         s = self.level(timestep)
         level = self._towards(s, timestep, eta)
         if self.kind == "flow":
-            return Step(level, 1.0, -s, 1.0)
+            return SchedulerStep(level, 1.0, -s, 1.0)
         alpha = (1 + s * s) ** -0.5
         own = alpha if self.name in _BY_INDEX_VE else 1.0  # the sample's coordinates times this are VP's
         of_sample, of_output = {"epsilon": (own / alpha, -s), "v_prediction": (own * alpha, -s * alpha), "sample": (0.0, 1.0)}[
             self.prediction
         ]
-        return Step(level, of_sample, of_output, own)
+        return SchedulerStep(level, of_sample, of_output, own)
 
     def _towards(self, s: float, timestep: Any, eta: float) -> Level:
         """From s to where this scheduler's step goes."""
@@ -121,6 +124,28 @@ class SchedulerSteps:
         if self.scheduler.step_index is None:
             self.scheduler._init_step_index(timestep)  # as step() itself begins
         return int(self.scheduler._step_index)
+
+
+class StepsOfCalls:
+    """Which step each call of a pipeline's denoiser is, from the first on. The pipeline has set its timesteps by then."""
+
+    def __init__(self, scheduler: Any):
+        self._scheduler = scheduler
+        self._calls = 0
+        self._timesteps: list[float] = []
+        self._steps: SchedulerSteps | None = None
+
+    def next(self) -> Step:
+        """The step of the coming call. Some schedulers ask twice at a timestep; that is one step."""
+        if not self._timesteps:
+            self._timesteps = self._scheduler.timesteps.tolist()
+            with contextlib.suppress(SchedulerError):
+                self._steps = SchedulerSteps(self._scheduler)
+        place = min(self._calls, len(self._timesteps) - 1)
+        self._calls += 1
+        distinct = list(dict.fromkeys(self._timesteps))
+        sigma = math.nan if self._steps is None else self._steps.level(self._scheduler.timesteps[place])
+        return Step.of(distinct.index(self._timesteps[place]), len(distinct), sigma)
 
 
 def packed(latent: Tensor) -> Tensor:
@@ -151,4 +176,4 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-__all__ = ["SCHEDULERS", "SchedulerError", "SchedulerSteps", "Step", "packed", "unpacking"]
+__all__ = ["SCHEDULERS", "SchedulerError", "SchedulerStep", "SchedulerSteps", "StepsOfCalls", "packed", "unpacking"]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..references import activation_text
+from ..references import activation_texts
 from .capabilities import Call, Value
 
 PREVIEW_ENDINGS = tuple(f"{middle}.{kind}" for kind in ("png", "jpg", "jpeg", "webp", "gif") for middle in ("", ".preview"))
@@ -77,10 +77,9 @@ class Catalogue:
         stem = os.path.splitext(path)[0]
         return next((stem + ending for ending in PREVIEW_ENDINGS if os.path.isfile(stem + ending)), None)
 
-    def activation_text(self, name: str) -> str | None:
-        """What the WebUI keeps as a LoRA's activation text; None if there is none."""
-        path = self.path(name)
-        return activation_text(path) if path is not None else None
+    def activation_text(self, *names: str) -> str | None:
+        """What the WebUI keeps as the activation texts of these LoRAs; None if there is none."""
+        return activation_texts([path for name in names if (path := self.path(name)) is not None])
 
     def _entry(self, name: str) -> Any:
         """The WebUI's record of a LoRA. Looks names up as networks.load_networks does."""

@@ -137,7 +137,7 @@ class Requests:
             self._storage.reference_cache,
             self._roles.checkpoints.identity(p),
             hashes={side: "+".join(map(self._hash, names_of(settings, side))) for side in SIDES},
-            activation_texts={side: self._activation_text(names_of(settings, side)) for side in SIDES},
+            activation_texts={side: self._catalogue.activation_text(*names_of(settings, side)) for side in SIDES},
             tags=" ".join(f"<{kind}:{':'.join(items)}>" for kind, items in tags),
             tags_identity="; ".join(
                 f"{kind}:{':'.join(items)} ({file_identity(self._catalogue.path(items[0])) if items else ''})" for kind, items in tags
@@ -147,10 +147,6 @@ class Requests:
 
     def _hash(self, name: str) -> str:
         return self._catalogue.hash(name) or file_identity(self._catalogue.path(name))
-
-    def _activation_text(self, names: Sequence[str]) -> str | None:
-        texts = [text.strip(" ,") for name in names if (text := self._catalogue.activation_text(name))]
-        return ", ".join(texts) if len(names) > 1 else self._catalogue.activation_text(names[0])
 
 
 def _unused(file: LoraFile) -> list[str]:

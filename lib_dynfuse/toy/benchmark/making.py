@@ -122,7 +122,7 @@ class _Fusion(FusedPipeline):
 
     def _new_session(self) -> FusionSession:
         kind = EveryRow if self.every_row else FusionSession
-        return kind(denoiser(self.pipeline), self.subject, self.style, self.settings, choice=self._choice)
+        return kind(denoiser(self.pipeline), self.subjects[0], self.styles[0], self.settings, choice=self._choice)
 
 
 class _Clock:
