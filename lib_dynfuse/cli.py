@@ -32,7 +32,6 @@ from .settings import (
     parse_value,
     preset_values,
 )
-from .toy.shipped import WeightsError
 
 PROGRAM = "python -m lib_dynfuse"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return bench.main(arguments[1:])
         if arguments[:1] == ["toy"]:
-            from .toy import cli
+            from dynfuse_world import cli
 
             return cli.main(arguments[1:])
         options = _parser().parse_args(arguments)
@@ -68,12 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except torch.cuda.OutOfMemoryError:
         return _refused("The GPU's memory is too small for this: try a smaller --size, a smaller --batch-size or --dtype float16.")
-    except (LoraError, SettingsError, FusionError, EncoderError, WeightsError) as error:
+    except (LoraError, SettingsError, FusionError, EncoderError) as error:
         return _refused(str(error))
     except OSError as error:
         return _refused(f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.")
     except RuntimeError as error:
-        if type(error).__name__ != "PipelineError":  # its module imports diffusers, which is not everywhere
+        # Their modules are not everywhere: the one imports diffusers, the other is no part of the extension.
+        if type(error).__name__ not in ("PipelineError", "WeightsError"):
             raise
         return _refused(str(error))
 
@@ -312,7 +312,7 @@ def _mebibytes(count: int) -> str:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .toy import demo
+    from dynfuse_world import demo
 
     return demo.run(options.out)
 

@@ -16,7 +16,7 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from .fusion import FusionError, Trace, selection_map
+from .fusion import FusionError, selection_map
 from .guidance import curve
 from .guidance.encoders import Encoders, load_encoders
 from .guidance.references import ReferenceCache
@@ -24,7 +24,7 @@ from .guidance.weights import EncoderError, EncoderSources
 from .home import encoders_folder, references_folder
 from .lora import LoraFile, compatible, read_lora
 from .settings import FuseSettings
-from .webui import infotext
+from .text import infotext
 
 if TYPE_CHECKING:  # imports diffusers, which is not everywhere
     from .hosts.diffusers import FusedImages
@@ -137,8 +137,8 @@ def _save_beside(path: Path, made: FusedImages, image: int, names: tuple[str, st
     def beside(what: str) -> Path:
         return path.with_name(f"{path.stem}-dynfuse{what}.png")
 
-    if made.trace.measured.any():
-        selection_map.draw(trace_of_image(made.trace, image), *names).save(beside(""))
+    if made.trace.decided.any():
+        selection_map.draw(made.trace.of_image(image), *names).save(beside(""))
     if made.guidance is not None and made.guidance.steps:
         curve.draw(replace(made.guidance, similarities=made.guidance.similarities[:, :, image : image + 1])).save(beside("-curve"))
     for reference in made.references if with_references else ():
@@ -189,11 +189,6 @@ def next_path(folder: Path, seed: int) -> Path:
     """NUMBER-SEED.png with the number after the highest in the folder: nothing is overwritten."""
     numbers = [int(found[1]) for file in folder.iterdir() if (found := re.match(r"(\d{5})-", file.name))]
     return folder / f"{max(numbers, default=0) + 1:05d}-{seed}.png"
-
-
-def trace_of_image(trace: Trace, image: int) -> Trace:
-    """The part of a batch's trace that belongs to one image."""
-    return replace(trace, winners=trace.winners[:, :, image : image + 1], divergences=trace.divergences[:, :, image : image + 1])
 
 
 class _Bars:

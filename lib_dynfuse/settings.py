@@ -8,33 +8,102 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from .errors import SettingsError
+from .escaping import escape, unescape
+from .strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE, BlockText, Schedule, number_text, one_each, parse_blocks, split_each
 
-class SettingsError(ValueError):
-    """A setting that cannot be used. The message names the setting and the values it takes."""
+LORA_FIELDS = ("subject", "style")
+"""The two sides; each may name several LoRAs."""
+
+METHODS: dict[str, str] = {}
+"""The rules that can be chosen as method, and what each does, in one line."""
+
+
+def register_method(name: str, summary: str) -> None:
+    """Add a method to the choices of tag, panel, API and command line. summary: one line for people, without a full stop."""
+    METHODS[name] = summary
+
+
+def join_names(names: Iterable[str]) -> str:
+    """The text of LoRAs' names: joined by "+"; a "+" inside a name is written %2B."""
+    return "+".join(escape(name, _JOINT) for name in names)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names that join_names joined; spaces beside a "+" do not count."""
+    parts = text.split("+")
+    return tuple(unescape(part.strip(" ") if len(parts) > 1 else part, _JOINT) for part in parts) if text else ()
+
+
+_JOINT = "+"
+
+
+def _names(name: str, value: Any) -> str:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return join_names(item for item in value if item)
+    if not isinstance(value, str):
+        raise SettingsError(f"{name} must be text or a list of names, not {value!r}")
+    names = split_names(value)
+    if not all(names):
+        raise SettingsError(f"{name} must be names of LoRAs with + between, and %2B for a + inside a name, not {value!r}")
+    return join_names(names)
+
+
+def _weights(name: str, value: Any) -> float | str:
+    if not isinstance(value, str):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise SettingsError(f"{name} must be a number or points such as {SCHEDULE_EXAMPLE}, not {value!r}")
+        return _number(name, float, value)
+    schedules = [Schedule.parse(text, name) for text in split_each(value)]
+    if len(schedules) == 1 and schedules[0].constant is not None:
+        return schedules[0].constant
+    return "+".join(schedule.text() for schedule in schedules)
+
+
+def _hires(name: str, value: Any) -> str:
+    """Texts of both sides with "/" between; an empty one: as in the first pass."""
+    sides = _text(name, value).split("/")
+    if len(sides) > 2:
+        raise SettingsError(f"{name} must be the subject's weight, or SUBJECT/STYLE, not {value!r}")
+    return "/".join(format_value(_weights(name, side)) if side.strip() else "" for side in sides).removesuffix("/")
+
+
+def _blocks(name: str, value: Any) -> str:
+    texts = [parse_blocks(text, name).text() for text in split_each(_text(name, value))]
+    return "+".join(texts) if any(texts) else ""
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise SettingsError(f"{name} must be text, not {value!r}")
+    return value
 
 
 def setting(
     default: Any,
     label: str,
-    tooltip: str,
+    tooltip: str | Callable[[], str],
     *,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = (),
     minimum: float | None = None,
     maximum: float | None = None,
     slider: tuple[float, float, float] | None = None,
     picture: bool = False,
+    canonical: Callable[[str, Any], Any] | None = None,
 ) -> Any:
     """Declare a field.
 
     label, tooltip: what the panel shows, in plain words.
-    choices: the permitted strings; empty for free text and numbers.
+    choices: the permitted strings; empty for free text and numbers. A function, as for tooltip, is asked at each use.
     minimum, maximum: smallest and largest permitted number; None for any finite one.
     slider: (lowest, highest, step) that the panel offers; a tag or the API may go beyond it.
     picture: the text stands for a picture (see guidance.references.ReferenceCache.picture).
+    canonical: (field's name, given value) -> the value as it is kept, for texts with a grammar. Raises SettingsError. But for names it
+        holds none of the characters that a tag or an infotext reserves.
     """
     return dataclasses.field(
         default=default,
@@ -46,6 +115,7 @@ def setting(
             "maximum": maximum,
             "slider": slider,
             "picture": picture,
+            "canonical": canonical,
         },
     )
 
@@ -54,26 +124,39 @@ def setting(
 class FuseSettings:
     """How a subject LoRA and a style LoRA are fused. Raises SettingsError for a value outside its range."""
 
-    subject: str = setting("", "Subject LoRA", "The LoRA of the character, creature or thing to show.")
-    style: str = setting("", "Style LoRA", "The LoRA of the way it is drawn.")
-    subject_weight: float = setting(
+    subject: str = setting(
+        "",
+        "Subject LoRA",
+        "The LoRA of the character, creature or thing to show; several can be picked. In a tag they are joined by +: dog+hat.",
+        canonical=_names,
+    )
+    style: str = setting(
+        "",
+        "Style LoRA",
+        "The LoRA of the way it is drawn; several can be picked. In a tag they are joined by +: watercolor+ink.",
+        canonical=_names,
+    )
+    subject_weight: float | str = setting(
         1.0,
         "Subject weight",
-        "Strength of the subject LoRA, as in <lora:name:weight>. It also counts in the choice: a stronger LoRA wins more layers.",
+        "Strength of the subject LoRA, as in <lora:name:weight>. It also counts in the choice: a stronger LoRA wins more layers. "
+        f"In place of a number it may be points over the steps ({SCHEDULE_EXAMPLE}), and one each for several LoRAs (1+0.5).",
         slider=(0.0, 2.0, 0.05),
+        canonical=_weights,
     )
-    style_weight: float = setting(
+    style_weight: float | str = setting(
         1.0,
         "Style weight",
-        "Strength of the style LoRA, as in <lora:name:weight>. It also counts in the choice: a stronger LoRA wins more layers.",
+        "Strength of the style LoRA, as in <lora:name:weight>. It also counts in the choice: a stronger LoRA wins more layers. "
+        f"In place of a number it may be points over the steps ({SCHEDULE_EXAMPLE}), and one each for several LoRAs (1+0.5).",
         slider=(0.0, 2.0, 0.05),
+        canonical=_weights,
     )
     method: str = setting(
         "dynfuse",
         "Method",
-        "dynfuse: each layer uses the LoRA that changes its features more, chosen anew at every step. "
-        "direct: both LoRAs added everywhere, as two ordinary <lora:...> tags do.",
-        choices=("dynfuse", "direct"),
+        lambda: " ".join(f"{name}: {summary}." for name, summary in METHODS.items()),
+        choices=lambda: tuple(METHODS),
     )
     criterion: str = setting(
         "kl",
@@ -238,12 +321,104 @@ class FuseSettings:
         "Seed of the reference pictures. -1: the seed of the picture; another seed of its own keeps the references for many pictures.",
         minimum=-1,
     )
+    hr: str = setting(
+        "",
+        "Weights in the hires pass",
+        "With hires fix, the weights of its second pass: the subject's (0.7), or both (0.7/1), each written like the weights over the "
+        "steps. Empty: as in the first pass.",
+        canonical=_hires,
+    )
+    subject_blocks: str = setting(
+        "",
+        "Subject block weights",
+        f"Factors on the subject LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20 or 26 numbers that "
+        "block weights are often written as, or a preset's name. Empty: 1 everywhere.",
+        canonical=_blocks,
+    )
+    style_blocks: str = setting(
+        "",
+        "Style block weights",
+        f"Factors on the style LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20 or 26 numbers that "
+        "block weights are often written as, or a preset's name. Empty: 1 everywhere.",
+        canonical=_blocks,
+    )
+    decide: str = setting(
+        "now",
+        "Decide",
+        "now: measure and choose in each layer at every step, as in the paper. next: choose by what was measured in the step before: "
+        "faster.",
+        choices=("next", "now"),
+    )
+    decide_every: int = setting(
+        1,
+        "Decide every",
+        "Choose anew only at every n-th step, and keep the choice in between: faster, and coarser.",
+        minimum=1,
+        slider=(1, 10, 1),
+    )
+    vote_tokens: int = setting(
+        64,
+        "Measured places",
+        "At how many places of the picture a layer's features are measured when the choice is for the next step. More is slower. 0: all.",
+        minimum=0,
+        slider=(0, 1024, 16),
+    )
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
             object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
         if self.start > self.end:
             raise SettingsError(f"start ({format_value(self.start)}) must not be after end ({format_value(self.end)})")
+        for side in LORA_FIELDS:
+            self._schedules(side)
+            self._block_texts(side)
+        if self.hr:
+            self.for_hires()
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """The names of the subject's LoRAs."""
+        return split_names(self.subject)
+
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """The names of the style's LoRAs."""
+        return split_names(self.style)
+
+    @property
+    def subject_schedules(self) -> tuple[Schedule, ...]:
+        """The weight of each of the subject's LoRAs; of as many as are written where none has a name."""
+        return self._schedules("subject")
+
+    @property
+    def style_schedules(self) -> tuple[Schedule, ...]:
+        """The weight of each of the style's LoRAs; of as many as are written where none has a name."""
+        return self._schedules("style")
+
+    @property
+    def subject_block_texts(self) -> tuple[BlockText, ...]:
+        """The factors on the blocks for each of the subject's LoRAs; for as many as are written where none has a name."""
+        return self._block_texts("subject")
+
+    @property
+    def style_block_texts(self) -> tuple[BlockText, ...]:
+        """The factors on the blocks for each of the style's LoRAs; for as many as are written where none has a name."""
+        return self._block_texts("style")
+
+    def for_hires(self) -> FuseSettings:
+        """The settings of the hires pass: hr, where it is given, takes the weights' place."""
+        weights = zip(LORA_FIELDS, self.hr.split("/"), strict=False)
+        given = {f"{side}_weight": text for side, text in weights if text}
+        return dataclasses.replace(self, **given, hr="")  # type: ignore[arg-type]
+
+    def _schedules(self, side: str) -> tuple[Schedule, ...]:
+        value = getattr(self, f"{side}_weight")
+        schedules = [Schedule.of(text) for text in split_each(value)] if isinstance(value, str) else [Schedule.of(value)]
+        return one_each(schedules, len(split_names(getattr(self, side))) or len(schedules), f"{side}_weight")
+
+    def _block_texts(self, side: str) -> tuple[BlockText, ...]:
+        texts = [parse_blocks(text) for text in split_each(getattr(self, f"{side}_blocks"))]
+        return one_each(texts, len(split_names(getattr(self, side))) or len(texts), f"{side}_blocks")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> FuseSettings:
@@ -293,6 +468,9 @@ _PAPER: dict[str, Any] = {
     "gradient": "exact",
     "decoder": "vae",
     "limit": 0.0,
+    "decide": "now",
+    "decide_every": 1,
+    "vote_tokens": 0,
 }
 """Sections 4.1, 4.2 and 5.1 of the paper (arXiv 2602.15539); what it leaves open is as in the defaults."""
 
@@ -310,20 +488,23 @@ def preset_values(name: Any) -> Mapping[str, Any]:
     return PRESETS[name]
 
 
-def field_types() -> dict[str, type]:
+def field_types() -> dict[str, Any]:
     """The fields of FuseSettings and their types, in the order of declaration."""
     hints = get_type_hints(FuseSettings)
     return {f.name: hints[f.name] for f in dataclasses.fields(FuseSettings)}
 
 
 def field_metadata(name: str) -> Mapping[str, Any]:
-    """label, tooltip, choices, minimum, maximum, slider and picture of a field (see setting)."""
-    return FuseSettings.__dataclass_fields__[name].metadata
+    """label, tooltip, choices, minimum, maximum, slider, picture and canonical of a field (see setting), as they are now."""
+    metadata = FuseSettings.__dataclass_fields__[name].metadata
+    return {**metadata, **{key: metadata[key]() for key in ("tooltip", "choices") if callable(metadata[key])}}
 
 
 def parse_value(name: str, text: str) -> Any:
     """The typed value that a tag's, an infotext's or a command line's text means. Raises SettingsError."""
     kind = field_types()[name]
+    if canonical := field_metadata(name)["canonical"]:
+        return canonical(name, text.strip())
     if kind is float:
         try:
             return float(text)
@@ -347,20 +528,21 @@ def format_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+        return number_text(value)
     return str(value)
 
 
-def _checked(name: str, kind: type, value: Any) -> Any:
+def _checked(name: str, kind: Any, value: Any) -> Any:
     metadata = field_metadata(name)
+    if metadata["canonical"]:
+        return metadata["canonical"](name, value)
     if kind is bool:
         if not isinstance(value, bool):
             raise SettingsError(f"{name} must be true or false, not {value!r}")
         return value
     if kind in (int, float):
         return _in_range(name, _number(name, kind, value))
-    if not isinstance(value, str):
-        raise SettingsError(f"{name} must be text, not {value!r}")
+    value = _text(name, value)
     if metadata["choices"] and value not in metadata["choices"]:
         raise SettingsError(f"{name} must be one of {', '.join(metadata['choices'])}, not {value!r}")
     return value

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from lib_dynfuse import FuseSettings, SettingsError, cli
 from lib_dynfuse.settings import field_metadata, field_types, format_value
-from lib_dynfuse.webui import infotext
-from tests.webui.host_infotext import parse_infotext_line
+from lib_dynfuse.text import infotext
+from tests.text.host_infotext import parse_infotext_line
 
 ROOT = Path(__file__).parents[1]
 NEEDS_DIFFUSERS = "the standalone part needs diffusers, which A1111 does not have"

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark from the command line; returns the exit code."""
-    from . import fusion, guidance, steering
+    from dynfuse_world import steering
+
+    from . import fusion, guidance
 
     parser = argparse.ArgumentParser(prog="python -m lib_dynfuse bench", description="Measure what DynFuse costs on this machine.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)

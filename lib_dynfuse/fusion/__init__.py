@@ -1,8 +1,9 @@
-"""Feature-level selection: from features to decisions (paper, section 4.1)."""
+"""Feature-level fusion: from features to the weight of each LoRA in each layer (paper, section 4.1)."""
 
-from .policy import Choice
 from .rows import Rows
+from .rules import RULES, Rule
 from .session import FusionError, FusionSession, Report, fuse
+from .step import Step
 from .trace import Trace
 
-__all__ = ["Choice", "FusionError", "FusionSession", "Report", "Rows", "Trace", "fuse"]
+__all__ = ["RULES", "FusionError", "FusionSession", "Report", "Rows", "Rule", "Step", "Trace", "fuse"]

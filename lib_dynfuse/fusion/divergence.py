@@ -89,40 +89,46 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "dot": dot_fall,
 }
 
-# Elements of y0 worked on at a time: enough to keep a CPU's vector units busy within its second-level cache (measured on an AMD EPYC
+# Elements worked on at a time: enough to keep a CPU's vector units busy within its second-level cache (measured on an AMD EPYC
 # with 1 MiB a core: a third faster than whole layers), and a bound on temporary memory on a GPU (32 Mi float32 = 128 MiB each).
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 25
 
 
-@torch.no_grad()
-def token_divergences(
-    criterion: str, base: Tensor, delta: Tensor | Callable[[int, int], Tensor], *, rms: bool = False, axis: int = -1
-) -> Tensor:
-    """Divergence of every token, in float32.
+def largest_chunk(device: torch.device) -> int:
+    """Elements of a layer's output that are best measured at once."""
+    return _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
 
-    criterion: kl, js, cosine or dot. base: (N, T, C), any float dtype. delta: (B, N, T, C), one slice per branch; or a function of
-    (start, length) that makes a fresh slice of those tokens, so that no whole delta need ever be in memory. rms: divide both by the
-    base's standard deviation over the channels of each token. axis: -1, or 1 where the shapes are (N, C, T) and (B, N, C, T).
-    Returns (B, N, T).
+
+@torch.no_grad()
+def measured(criterion: str, base: Tensor, delta: Tensor, *, rms: bool = False) -> Tensor:
+    """Divergence of every token, in float32. base, delta: (..., T, C) with leading axes that broadcast, any float dtype; delta may be
+    overwritten. rms: divide both by the base's standard deviation over the channels of each token. Returns (..., T).
     """
-    measure = CRITERIA[criterion]
-    token_axis, axis = (2, -2) if axis == 1 else (1, -1)
+    y0, d = base.float(), delta.float()
+    if rms:
+        spread = y0.std(-1, keepdim=True, unbiased=False).clamp_min(torch.finfo(torch.float32).tiny)
+        y0, d = y0 / spread, d / spread
+    return CRITERIA[criterion](y0, d, -1)
+
+
+@torch.no_grad()
+def token_divergences(criterion: str, base: Tensor, delta: Tensor | Callable[[int, int], Tensor], *, rms: bool = False) -> Tensor:
+    """The same for one layer, in stretches of tokens.
+
+    base: (N, T, C). delta: (B, N, T, C), one slice per branch; or a function of (start, length) that makes a fresh slice of those
+    tokens, so that no whole delta need ever be in memory. Returns (B, N, T).
+    """
     if isinstance(delta, Tensor):
         whole = delta
 
         def delta(start: int, length: int) -> Tensor:
-            return whole.narrow(token_axis + 1, start, length).to(torch.float32, copy=True)
+            return whole.narrow(2, start, length).to(torch.float32, copy=True)
 
-    tokens = base.shape[token_axis]
-    chunk = max(1, tokens * (_CPU_CHUNK if base.device.type == "cpu" else _GPU_CHUNK) // max(1, base.numel()))
+    tokens = base.shape[1]
+    chunk = max(1, tokens * largest_chunk(base.device) // max(1, base.numel()))
     pieces = []
     for start in range(0, tokens, chunk):
         length = min(chunk, tokens - start)
-        y0 = base.narrow(token_axis, start, length).float()
-        d = delta(start, length).float()
-        if rms:
-            spread = y0.std(axis, keepdim=True, unbiased=False).clamp_min(torch.finfo(torch.float32).tiny)
-            y0, d = y0 / spread, d / spread
-        pieces.append(measure(y0, d, axis))
+        pieces.append(measured(criterion, base.narrow(1, start, length), delta(start, length), rms=rms))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -27,3 +33,78 @@ class Rows:
     def separate(cls, rows: int) -> Rows:
         """Every row an image of its own: what is assumed when no host says otherwise."""
         return cls(tuple(range(rows)), (True,) * rows, rows)
+
+    def of_batch(self, batch: int) -> Rows:
+        """The rows of a layer's input of this batch size.
+
+        A host may fold space into the batch (HyperTile: each row becomes consecutive tiles), which leaves the rows as they are. An input
+        that does not divide into the rows is shared by all images; it is then decided on as it is.
+        """
+        return self if batch % len(self.images) == 0 else Rows((0,) * batch, (True,) * batch, self.count)
+
+    @property
+    def voting(self) -> tuple[int, ...]:
+        """Positions of the conditional rows."""
+        return tuple(position for position, conditional in enumerate(self.conditional) if conditional)
+
+    def deciding(self, known: frozenset[int]) -> tuple[tuple[int, ...], bool]:
+        """(position of the row that decides for each image that is not known yet, whether each of them is conditional).
+
+        It is the image's first conditional row: whether further parts of its prompt (AND), tiles or images run in the same call or
+        in later ones then makes no difference. An image that has none in this call is decided by its first row.
+        """
+        first: dict[int, int] = {}
+        for position in sorted(range(len(self.images)), key=lambda at: not self.conditional[at]):
+            if self.images[position] not in known:
+                first.setdefault(self.images[position], position)
+        positions = tuple(first[image] for image in sorted(first))
+        return positions, all(self.conditional[position] for position in positions)
+
+
+@dataclass
+class RowIndices:
+    """Rows and sampled tokens as tensors on a device, made once for each pattern so that no later step copies indices there."""
+
+    device: torch.device
+    _known: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+
+    def numbers(self, values: Sequence[int]) -> Tensor:
+        """(n,) int64."""
+        key = ("numbers", *values)
+        if key not in self._known:
+            self._known[key] = self._kept(torch.tensor(values, dtype=torch.long))
+        return self._known[key]
+
+    def samples(self, positions: Sequence[int], tokens: int, wanted: int) -> Tensor:
+        """Where the samples of these rows lie in a batch of rows of `tokens` tokens, flattened: (rows * samples,) int64."""
+        key = ("samples", tokens, wanted, *positions)
+        if key not in self._known:
+            chosen = sampled_tokens(tokens, wanted)
+            self._known[key] = self._kept((torch.tensor(positions, dtype=torch.long)[:, None] * tokens + chosen).flatten())
+        return self._known[key]
+
+    def reciprocals(self, values: Sequence[int]) -> Tensor:
+        """1 / n for each number, 1 for 0: (n,) float32."""
+        key = ("reciprocals", *values)
+        if key not in self._known:
+            self._known[key] = self._kept(1.0 / torch.tensor(values, dtype=torch.float32).clamp_min(1))
+        return self._known[key]
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            return tensor.to(self.device, copy=True)
+
+
+def sampled_tokens(tokens: int, wanted: int) -> Tensor:
+    """Which tokens are measured: one of each of `wanted` equal stretches, (min(tokens, wanted),) int64; 0 wanted: all.
+
+    Its place in the stretch follows the golden ratio: a fixed one would take the same column of the picture again and again wherever
+    the stretch is as long as the picture is wide.
+    """
+    if not 0 < wanted < tokens:
+        return torch.arange(tokens)
+    number = torch.arange(wanted, dtype=torch.float64)
+    return ((number + (number * _GOLDEN) % 1.0) * tokens / wanted).long()
+
+
+__all__ = ["RowIndices", "Rows", "sampled_tokens"]

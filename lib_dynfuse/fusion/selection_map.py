@@ -1,4 +1,4 @@
-"""The selection map: a picture of a trace, steps by layers, that shows which LoRA each layer used.
+"""The selection map: a picture of a trace, steps by layers, that shows how much of each LoRA each layer used.
 
 Pillow alone draws it, because every host has it. No font is shipped: the first of a few common ones that the system has is used.
 """
@@ -6,6 +6,7 @@ Pillow alone draws it, because every host has it. No font is shipped: the first 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,12 +15,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..lora.naming import block_label
+from ..lora.families import block_label
+from .rules import Member
 from .trace import Trace
 
 # Okabe and Ito's blue and orange: they stay apart in every kind of colour blindness, and in print without colour.
 SUBJECT = (0, 114, 178)
 STYLE = (230, 159, 0)
+# Further subjects and styles: their sky blue, bluish green and purple, vermilion, yellow.
+MORE_SUBJECTS = ((86, 180, 233), (0, 158, 115), (120, 94, 240))
+MORE_STYLES = ((213, 94, 0), (240, 228, 66), (204, 121, 167))
 ONE_SIDED = (178, 178, 178)
 NOT_REACHED = (238, 238, 238)
 
@@ -49,12 +54,13 @@ class Block:
     length: int
 
 
-def draw(trace: Trace, subject: str = "subject", style: str = "style", *, most_images: int = 8) -> Image.Image:
+def draw(trace: Trace, *names: str, most_images: int = 8) -> Image.Image:
     """The selection map of a job's images, one panel per image, as an RGB picture about 600 to 1100 pixels wide.
 
-    subject, style: the LoRAs' names for the legend. most_images: further images are only counted.
+    names: for the legend, in place of the LoRAs' own. most_images: further images are only counted. A layer that mixes LoRAs has a
+    colour between theirs, and is paler the less of them it used in all.
     """
-    steps, _, images = trace.winners.shape
+    steps, _, images, _ = trace.weights.shape
     if not steps or not images:
         return _sentence("No choices were made: nothing to show.")
     columns = _columns_in_flow(trace)
@@ -66,7 +72,8 @@ def draw(trace: Trace, subject: str = "subject", style: str = "style", *, most_i
     plot_width, plot_height = lefts[-1] + cell_width, steps * cell_height
     shown = min(images, most_images)
 
-    head = 2 * _LINE + 6
+    entries = _entries(trace, names)
+    head = _LINE * (1 + math.ceil(len(entries) / 2)) + 6
     caption = _LINE if images > 1 else 0
     panel = caption + plot_height + 2 * _LINE + 10
     width = max(_AXIS_WIDTH + plot_width, 560) + 2 * _MARGIN
@@ -74,12 +81,11 @@ def draw(trace: Trace, subject: str = "subject", style: str = "style", *, most_i
     picture = Image.new("RGB", (width, height), _BACKGROUND)
     pen = _Pen(picture)
 
-    one_sided = int((~trace.decided).sum())
-    _legend(pen, width - 2 * _MARGIN, (subject, style), trace.subject_share(), one_sided, len(columns), bool(trace.measured.any()))
+    _legend(pen, width - 2 * _MARGIN, entries, int((~trace.decided).sum()), len(columns), bool((trace.reached & trace.decided).any()))
     top = _MARGIN + head
     for image in range(shown):
         if images > 1:
-            share = _subject_share(trace, image)
+            share = trace.of_image(image).subject_share()
             pen.text((_MARGIN + _AXIS_WIDTH, top), f"Image {image + 1}: subject {_percent(share)}, style {_percent(1 - share)}")
         left = _MARGIN + _AXIS_WIDTH
         plot = _plot(_colours(trace, image)[:, columns], lefts, cell_width, cell_height)
@@ -92,6 +98,12 @@ def draw(trace: Trace, subject: str = "subject", style: str = "style", *, most_i
         top += _LINE
     pen.text((_MARGIN + _AXIS_WIDTH, top), "Layers of the denoiser, grouped by block, from its input to its output", _FAINT_INK)
     return picture
+
+
+def colours_of(members: Sequence[Member]) -> list[tuple[int, int, int]]:
+    """Each LoRA's colour on the map: blues for subjects, oranges for styles."""
+    used = {True: iter((SUBJECT, *MORE_SUBJECTS)), False: iter((STYLE, *MORE_STYLES))}
+    return [next(used[member.subject], ONE_SIDED) for member in members]
 
 
 class _Pen:
@@ -157,12 +169,16 @@ def _column_lefts(blocks: Sequence[Block], cell_width: int, gap: int) -> list[in
 
 
 def _colours(trace: Trace, image: int) -> Tensor:
-    """(steps, sites, 3) uint8."""
-    palette = torch.tensor([STYLE, SUBJECT, ONE_SIDED, NOT_REACHED], dtype=torch.uint8)
-    kind = trace.winners[:, :, image].long()
-    kind[~trace.measured] = 3
-    kind[:, ~trace.decided] = 2
-    return palette[kind]
+    """(steps, sites, 3) uint8: the LoRAs' colours in their parts, on white by how much of them is used in all."""
+    palette = torch.tensor(colours_of(trace.members), dtype=torch.float32)
+    used = trace.weights[:, :, image].abs().sum(-1, keepdim=True)
+    # Two LoRAs at full strength are no louder than one on the map: what it shows is who is heard.
+    loudness = (used / used.amax(0, keepdim=True).clamp(1e-9, 1.0)).clamp(0, 1)
+    mixed = trace.shares[:, :, image] @ palette
+    colours = (mixed * loudness + 255 * (1 - loudness)).round().to(torch.uint8)
+    colours[:, ~trace.decided] = torch.tensor(ONE_SIDED, dtype=torch.uint8)
+    colours[~trace.reached] = torch.tensor(NOT_REACHED, dtype=torch.uint8)
+    return colours
 
 
 def _plot(colours: Tensor, lefts: Sequence[int], cell_width: int, cell_height: int) -> Image.Image:
@@ -178,23 +194,46 @@ def _plot(colours: Tensor, lefts: Sequence[int], cell_width: int, cell_height: i
     return Image.fromarray(pixels.numpy())
 
 
-def _legend(pen: _Pen, width: int, names: tuple[str, str], share: float, one_sided: int, layers: int, measured: bool) -> None:
-    """Two lines: the LoRAs with their shares of the wins, and what was not chosen."""
-    shares = (share, 1 - share)
-    x = _MARGIN
-    for role, name, part, colour in zip(("Subject", "Style"), names, shares, (SUBJECT, STYLE), strict=False):
-        ending = f"  {_percent(part)}" if measured else ""
-        room = width // 2 - 34 - pen.width(f"{role}: {ending}")
-        text = f"{role}: {pen.fitted(name, room)}{ending}"
-        _swatch(pen, x, _MARGIN, colour)
-        pen.text((x + 20, _MARGIN), text)
-        x += 20 + pen.width(text) + 28
-    facts = f"{layers} layers" if measured else f"{layers} layers, none with a choice"
+@dataclass(frozen=True)
+class _Entry:
+    """A LoRA in the legend. share: of all that was used where there was a choice."""
+
+    role: str
+    name: str
+    colour: tuple[int, int, int]
+    share: float
+
+
+def _entries(trace: Trace, names: Sequence[str]) -> list[_Entry]:
+    chosen = trace.reached & trace.decided
+    shares = trace.shares[chosen].mean((0, 1)).tolist() if chosen.any() else [0.0] * len(trace.members)
+    return [
+        _Entry("Subject" if member.subject else "Style", name, colour, share)
+        for member, name, colour, share in zip(
+            trace.members, [*names, *(member.name for member in trace.members[len(names) :])], colours_of(trace.members), shares
+        )
+    ]
+
+
+def _legend(pen: _Pen, width: int, entries: Sequence[_Entry], one_sided: int, layers: int, decided: bool) -> None:
+    """Two LoRAs to a line, with their shares, and a line on what was not chosen."""
+    top = _MARGIN
+    for first in range(0, len(entries), 2):
+        x = _MARGIN
+        for entry in entries[first : first + 2]:
+            ending = f"  {_percent(entry.share)}" if decided else ""
+            room = width // 2 - 34 - pen.width(f"{entry.role}: {ending}")
+            text = f"{entry.role}: {pen.fitted(entry.name, room)}{ending}"
+            _swatch(pen, x, top, entry.colour)
+            pen.text((x + 20, top), text)
+            x += 20 + pen.width(text) + 28
+        top += _LINE
+    facts = f"{layers} layers" if decided else f"{layers} layers, none with a choice"
     if one_sided:
-        _swatch(pen, _MARGIN, _MARGIN + _LINE, ONE_SIDED)
-        pen.text((_MARGIN + 20, _MARGIN + _LINE), f"Changed by one LoRA only, so without a choice: {one_sided} of {facts}", _FAINT_INK)
+        _swatch(pen, _MARGIN, top, ONE_SIDED)
+        pen.text((_MARGIN + 20, top), f"Changed by one LoRA only, so without a choice: {one_sided} of {facts}", _FAINT_INK)
     else:
-        pen.text((_MARGIN, _MARGIN + _LINE), f"{facts}, changed by both", _FAINT_INK)
+        pen.text((_MARGIN, top), f"{facts}, changed by more than one", _FAINT_INK)
 
 
 def _swatch(pen: _Pen, left: int, top: int, colour: tuple[int, int, int]) -> None:
@@ -239,12 +278,6 @@ def _layer_axis(pen: _Pen, left: int, top: int, blocks: Sequence[Block], lefts: 
             names_end = place + pen.width(group)
 
 
-def _subject_share(trace: Trace, image: int) -> float:
-    if not trace.measured.any():
-        return 0.5
-    return trace.winners[:, :, image][trace.measured].float().mean().item()
-
-
 def _percent(share: float) -> str:
     """Whole percents, but neither 0 % nor 100 % for a LoRA that won, or lost, a little."""
     percent = round(100 * share)
@@ -259,4 +292,4 @@ def _sentence(text: str) -> Image.Image:
     return picture
 
 
-__all__ = ["ONE_SIDED", "STYLE", "SUBJECT", "draw", "text_font"]
+__all__ = ["NOT_REACHED", "ONE_SIDED", "STYLE", "SUBJECT", "colours_of", "draw", "text_font"]

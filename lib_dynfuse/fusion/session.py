@@ -1,45 +1,54 @@
-"""A fusion session: both branches found on a model's layers, attached for a call, taken off after it.
+"""A fusion session: the LoRAs found on a model's layers, attached for a call, taken off after it.
 
     with fuse(unet, subject, style, FuseSettings()) as session:
         prediction = unet(latent, timestep, context)
-    session.trace.winners
+    session.trace.weights
 
 Hosts keep the session for a pass and attach it around each model call instead:
 
-    session.new_step()
+    session.begin(step)
     with session.attached(rows):
         prediction = unet(latent, timestep, context)
+    session.end_step()
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..lora import LoraFile, branches_by_site, compatible, denoiser_aliases, is_attention, layer_label, norms_by_layer
-from ..lora.branch import LoraError, NormShift
+from ..lora.branch import Dense, LoraError, LowRank, NormShift
 from ..lora.matching import SiteBranch
 from ..lora.naming import Site
 from ..settings import FuseSettings
-from .layer import FusedLayer, FusedSite, PatchedLayer, ShiftedNorm, StepState
-from .policy import Choice, gamma
+from ..strength import one_each
+from .call import FusionState
+from .decisions import Decisions
+from .layer import FusedLayer, FusedSite
+from .norm import ShiftedNorm
+from .patching import PatchedLayer
 from .rows import Rows
+from .rules import RULES, Member, Places, Rule
+from .step import Step
 from .trace import Trace, TraceRecorder
 
 
 class FusionError(RuntimeError):
-    """Two LoRAs and a model that cannot be fused. One sentence for the user."""
+    """LoRAs and a model that cannot be fused. One sentence for the user."""
 
 
 @dataclass
 class Report:
     """What a session found. Layer labels, in the model's order.
 
-    matched: decided between both LoRAs (or summed, method direct). one_sided: touched by one LoRA only. skipped: left to the base model
+    matched: changed by several LoRAs, between which the rule decides. one_sided: changed by one LoRA only. skipped: left to the base model
     by the settings. summed_norms: normalisation layers, which are summed. unmatched: per file name, the keys that no layer of this
     model takes.
     """
@@ -51,56 +60,79 @@ class Report:
     unmatched: dict[str, list[str]] = field(default_factory=dict)
 
 
-def fuse(model: nn.Module, subject: LoraFile, style: LoraFile, settings: FuseSettings | None = None) -> FusionSession:
-    """Fuse two LoRAs on a denoiser for as long as the returned session is used as a context manager.
+Files = LoraFile | Sequence[LoraFile]
 
-    model: a U-Net or transformer whose layers carry the names of a known family. Raises FusionError when nothing matches or the files
-    belong to different base models.
+
+def fuse(model: nn.Module, subject: Files, style: Files, settings: FuseSettings | None = None, *, steps: int = 0) -> FusionSession:
+    """Fuse LoRAs on a denoiser for as long as the returned session is used as a context manager.
+
+    model: a U-Net or transformer whose layers carry the names of a known family. subject, style: one or several each. steps: how many
+    calls of the model there will be, for weights that vary with the step; 0: each is taken for the first. Raises FusionError when
+    nothing matches or the files belong to different base models.
     """
-    return FusionSession(model, subject, style, settings or FuseSettings())
+    return FusionSession(model, subject, style, settings or FuseSettings(), steps=steps)
 
 
 class FusionSession:
-    """Both branches on one model. See the module's text for the two ways to use it."""
+    """LoRAs on one model. See the module's text for the two ways to use it."""
 
     def __init__(
         self,
         model: nn.Module,
-        subject: LoraFile,
-        style: LoraFile,
+        subject: Files,
+        style: Files,
         settings: FuseSettings,
         *,
         weight_of: Callable[[nn.Module], Tensor] | None = None,
-        choice: Choice | None = None,
+        rule: Rule | None = None,
+        steps: int = 0,
     ):
-        """weight_of: gives a layer's dequantised weight; called only for kinds that depend on it. choice: chooses at two-sided layers in
-        place of the measurement (method dynfuse); the trace then stays empty, as nothing was measured. Raises FusionError.
+        """weight_of: gives a layer's dequantised weight; called only for kinds that depend on it. rule: in place of the settings' method.
+        Raises FusionError.
         """
-        reason = compatible(subject, style)
-        if reason:
-            raise FusionError(reason)
+        subjects, styles = ((files,) if isinstance(files, LoraFile) else tuple(files) for files in (subject, style))
+        files = (*subjects, *styles)
+        for number, file in enumerate(files):
+            for other in files[:number]:
+                reason = compatible(other, file)
+                if reason:
+                    raise FusionError(reason)
         self.settings = settings
         self.report = Report()
         self._model = model
-        self._state = StepState(settings, choice)
+        self._steps = steps
+        rule = rule or RULES[settings.method]()
+        schedules = (
+            *one_each(settings.subject_schedules, len(subjects), "subject_weight"),
+            *one_each(settings.style_schedules, len(styles), "style_weight"),
+        )
+        self._state = FusionState(settings, rule, schedules)
         self._depth = 0
-        self._steps_without_gamma = settings.balance == "gamma"
         # Layers are known by what they hold, not by their class: hosts make their own. An RMS norm's gain is called scale in BFL's Flux.
         modules = {
             name: module
             for name, module in model.named_modules()
             if getattr(module, "weight", None) is not None or isinstance(getattr(module, "scale", None), Tensor)
         }
-        self.layers = _find_layers(modules, subject, style, settings, self._state, weight_of or _own_weight, self.report)
-        nothing_wanted = settings.method == "direct" and not settings.subject_weight and not settings.style_weight
+        self.layers = _find_layers(modules, files, len(subjects), self._state, weight_of or _own_weight, self.report)
+        nothing_wanted = not rule.measures and all(schedule.full == 0 for schedule in schedules)
         if not self.report.matched and not self.report.one_sided and not nothing_wanted:
-            raise FusionError(_nothing_matches(subject, style, self.report))
-        self._sites = [site for layer in self.layers if isinstance(layer, FusedLayer) for site in layer.sites]
-        self._recorder = TraceRecorder(
-            tuple(s.site for s in self._sites),
-            tuple(s.bindings[1] is None for s in self._sites),
-            tuple(s.bindings[0] is None for s in self._sites),
-        )
+            raise FusionError(_nothing_matches(files, self.report))
+        sites = [(layer, site) for layer in self.layers if isinstance(layer, FusedLayer) for site in layer.sites]
+        members = tuple(Member(file.name, number < len(subjects)) for number, file in enumerate(files))
+        present = torch.zeros(len(sites), len(files), dtype=torch.bool)
+        strengths = torch.zeros(len(sites), len(files))
+        for row, (_, site) in enumerate(sites):
+            present[row, list(site.members)] = True
+            strengths[row, list(site.members)] = torch.tensor(site.strengths)
+        places = tuple(site.site for _, site in sites)
+
+        def change(site: int, member: int) -> LowRank | Dense:
+            layer, fused = sites[site]
+            return fused.bind(lambda: layer.weight_of(layer.module))[fused.members.index(member)]
+
+        rule.prepare(Places(places, members, present, settings, change))
+        self._decisions = Decisions(self._state, [site for _, site in sites], TraceRecorder(places, members, present, strengths))
 
     @property
     def rows(self) -> Rows | None:
@@ -111,42 +143,52 @@ class FusionSession:
     def rows(self, rows: Rows | None) -> None:
         self._state.rows = rows
 
-    def new_step(self) -> None:
-        """A new denoiser step begins: record the last one's decisions and forget them."""
-        measured = self._recorder.add([s.divergence for s in self._sites], [s.decision for s in self._sites])
-        if measured is not None and self._steps_without_gamma:
-            self._state.gamma = gamma(measured)
-            self._steps_without_gamma = False
-        for site in self._sites:
-            site.forget()
+    @property
+    def undecided(self) -> bool:
+        """Whether rows ran in this step before their image's choice was known: a negative prompt, alone and first. The step's calls, made
+        once more, then find the choices that they lacked.
+        """
+        return self._state.undecided
+
+    def begin(self, step: Step | None = None) -> None:
+        """A denoiser step begins. step: None for the one after the last, of as many as the session was told."""
+        self.end_step()
+        self._decisions.begin(step or Step.of(self._decisions.begun, self._steps))
+
+    def repeat(self) -> None:
+        """The step's calls are made once more, with the choices that the first ones brought."""
+        self._decisions.repeat()
+
+    def end_step(self) -> None:
+        """The step's calls are over: what was measured in them decides for the steps to come. Does nothing where none is under way."""
+        self._decisions.end()
 
     def restart(self) -> None:
-        """Begin another image on the same model with an empty record; the branches on the device are kept."""
-        for site in self._sites:
-            site.forget()
-        self._recorder.steps.clear()
-        self._state.fallbacks = 0
-        self._state.gamma = None
-        self._steps_without_gamma = self.settings.balance == "gamma"
+        """Begin another image on the same model with an empty record; the LoRAs on the device are kept."""
+        self._decisions.restart()
 
     @contextmanager
     def attached(self, rows: Rows | None = None) -> Iterator[FusionSession]:
         """Put the fused forwards on the model's layers for one call; they are off again whatever happens inside."""
-        if rows is not None:
-            self._state.rows = rows
+        state = self._state
+        before, state.rows = state.rows, rows if rows is not None else state.rows
         self._depth += 1
         try:
             if self._depth == 1:
+                self._decisions.call_begins()
                 for layer in self.layers:
                     layer.attach()
-                self._state.active = True
+                state.active = True
             yield self
+            if self._depth == 1:
+                self._decisions.call_ends()
         finally:
             self._depth -= 1
             if self._depth == 0:
-                self._state.active = False
+                state.active = False
                 for layer in self.layers:
                     layer.detach()
+            state.rows = rows if rows is not None else before
 
     def __enter__(self) -> FusionSession:
         self._context = self._attached_for_many_calls()
@@ -154,14 +196,13 @@ class FusionSession:
 
     @contextmanager
     def _attached_for_many_calls(self) -> Iterator[FusionSession]:
-        """Stay attached, and take each call of the model for a step of its own."""
+        """Each call of the model is a step of its own."""
         marker = _StepMarker(self._model, self)
-        with self.attached():
-            marker.attach()
-            try:
-                yield self
-            finally:
-                marker.detach()
+        marker.attach()
+        try:
+            yield self
+        finally:
+            marker.detach()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._context.__exit__(kind, error, trace)
@@ -169,8 +210,7 @@ class FusionSession:
     @property
     def trace(self) -> Trace:
         """What was decided so far, the step under way included."""
-        self.new_step()
-        return self._recorder.trace(self._state.fallbacks)
+        return self._decisions.trace()
 
     def notes(self) -> list[str]:
         """Sentences that the user should see after the job."""
@@ -182,25 +222,30 @@ class FusionSession:
         if trace.fallbacks:
             notes.append(f"{trace.fallbacks} choices were made on the negative prompt, because the WebUI ran it alone and first.")
         if trace.non_finite:
-            notes.append(f"{trace.non_finite} divergences were not finite numbers; the subject was used there.")
+            notes.append(f"{trace.non_finite} divergences were not finite numbers; the LoRA named first was used there.")
         return notes
 
     def release(self) -> None:
-        """Drop the branches' copies on the device. The trace stays; a later call makes them anew."""
-        for site in self._sites:
-            site.operators = None
+        """Drop the LoRAs' copies on the device. The trace stays; a later call makes them anew."""
+        self._decisions.release()
+        for layer in self.layers:
+            if isinstance(layer, ShiftedNorm):
+                layer.release()
 
 
 class _StepMarker(PatchedLayer):
-    """The whole model with a new step before each call."""
+    """The whole model, whose every call is a step with the session attached."""
 
     def __init__(self, model: nn.Module, session: FusionSession):
-        super().__init__("", model, session._state)
+        super().__init__("", model)
         self.session = session
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        self.session.new_step()
-        return self._base(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.session.begin()
+        with self.session.attached():
+            result = self._base(*args, **kwargs)
+        self.session.end_step()
+        return result
 
 
 def _own_weight(module: nn.Module) -> Tensor:
@@ -209,60 +254,70 @@ def _own_weight(module: nn.Module) -> Tensor:
 
 def _find_layers(
     modules: dict[str, nn.Module],
-    subject: LoraFile,
-    style: LoraFile,
-    settings: FuseSettings,
-    state: StepState,
+    files: Sequence[LoraFile],
+    subjects: int,
+    state: FusionState,
     weight_of: Callable[[nn.Module], Tensor],
     report: Report,
 ) -> list[PatchedLayer]:
+    settings = state.settings
     aliases = denoiser_aliases(modules)
     branches: list[dict[Site, SiteBranch]] = []
     norms: list[dict[str, NormShift]] = []
-    for file in (subject, style):
+    for file in files:
         found, unmatched = branches_by_site(file, aliases)
         branches.append(found)
         norms.append(norms_by_layer(file, aliases))
         report.unmatched[file.name] = unmatched
-    strengths = (settings.subject_weight, settings.style_weight)
-    if settings.method == "direct":
-        # A LoRA at strength 0 adds nothing and need not be computed: a reference of the guidance is one LoRA alone. With a choice to be
-        # made it counts: the other LoRA wins every layer against it.
-        branches = [found if strength else {} for found, strength in zip(branches, strengths)]
-        norms = [found if strength else {} for found, strength in zip(norms, strengths)]
+    if not state.rule.measures:
+        # A LoRA at strength 0 adds nothing and need not be computed: a reference of the guidance is one LoRA alone. Where divergences are
+        # compared it counts: the others win every layer against it.
+        branches = [found if schedule.full else {} for found, schedule in zip(branches, state.schedules)]
+        norms = [found if schedule.full else {} for found, schedule in zip(norms, state.schedules)]
+    factors = block_factors_of(settings, files, subjects, modules)
+    constants = [1.0 if schedule.constant is None else schedule.constant for schedule in state.schedules]
     order = {name: position for position, name in enumerate(modules)}
     by_layer: dict[str, list[FusedSite]] = {}
-    touched = sorted(branches[0].keys() | branches[1].keys(), key=lambda s: (order[s.layer], s.part.start if s.part else 0))
+    touched = sorted({site for found in branches for site in found}, key=lambda s: (order[s.layer], s.part.start if s.part else 0))
+    number = 0
     for site in touched:
-        pair = (branches[0].get(site), branches[1].get(site))
-        two_sided = None not in pair
-        if (settings.scope == "attention" and not is_attention(site)) or (not two_sided and settings.one_sided == "skip"):
+        owners = [member for member, found in enumerate(branches) if site in found]
+        if not state.rule.measures:
+            owners = [member for member in owners if constants[member] * factors[member](site)]
+        one_sided = len(owners) == 1
+        if (settings.scope == "attention" and not is_attention(site)) or (one_sided and settings.one_sided == "skip"):
             report.skipped.append(layer_label(site))
             continue
+        if not owners:
+            continue
         module = modules[site.layer]
-        pair = (_fitted(site, pair[0], module), _fitted(site, pair[1], module))
-        (report.matched if two_sided else report.one_sided).append(layer_label(site))
-        by_layer.setdefault(site.layer, []).append(FusedSite(site, pair, strengths))
+        bindings = [_fitted(site, branches[member][site], module) for member in owners]
+        (report.one_sided if one_sided else report.matched).append(layer_label(site))
+        strengths = tuple(constants[member] * factors[member](site) for member in owners)
+        by_layer.setdefault(site.layer, []).append(FusedSite(number, site, bindings, tuple(owners), strengths))
+        number += 1
     layers: list[PatchedLayer] = [FusedLayer(name, modules[name], sites, state, weight_of) for name, sites in by_layer.items()]
+    for position, fused in enumerate(fused for layer in layers if isinstance(layer, FusedLayer) for fused in layer.sites):
+        fused.number = position
     if settings.scope == "all":
-        for name in sorted(norms[0].keys() | norms[1].keys(), key=lambda n: order[n]):
-            shifts = [side.get(name) for side in norms]
-            gain = _sum([None if s is None or s.weight is None else s.weight.float() * w for s, w in zip(shifts, strengths)])
-            offset = _sum([None if s is None or s.bias is None else s.bias.float() * w for s, w in zip(shifts, strengths)])
-            layers.append(ShiftedNorm(name, modules[name], gain, offset, state))
+        for name in sorted({name for found in norms for name in found}, key=lambda n: order[n]):
+            shifts = [(member, found[name], factors[member](Site(name))) for member, found in enumerate(norms) if name in found]
+            layers.append(ShiftedNorm(name, modules[name], shifts, state.strengths))
             report.summed_norms.append(name)
     return layers
 
 
-def _sum(parts: list[Tensor | None]) -> Tensor | None:
-    present = [p for p in parts if p is not None]
-    return sum(present[1:], present[0]) if present else None
+def block_factors_of(
+    settings: FuseSettings, files: Sequence[LoraFile], subjects: int, layers: dict[str, nn.Module]
+) -> list[Callable[[Site], float]]:
+    """For each LoRA, the factor that the settings' block weights put on it at a site."""
+    return [lambda site: 1.0 for _ in files]
 
 
-def _fitted(site: Site, binding: SiteBranch | None, module: nn.Module) -> SiteBranch | None:
+def _fitted(site: Site, binding: SiteBranch, module: nn.Module) -> SiteBranch:
     """The branch checked against the layer's shape, where that is known. Raises FusionError: the file is for another base model."""
     weight = getattr(module, "weight", None)
-    if binding is None or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() not in (2, 4):
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() not in (2, 4):
         return binding
     if hasattr(weight, "gguf_cls"):
         return binding  # quantised: the stored shape is not the layer's
@@ -272,14 +327,15 @@ def _fitted(site: Site, binding: SiteBranch | None, module: nn.Module) -> SiteBr
         raise FusionError(str(reason)) from None
 
 
-def _nothing_matches(subject: LoraFile, style: LoraFile, report: Report) -> str:
+def _nothing_matches(files: Sequence[LoraFile], report: Report) -> str:
+    names = [file.name for file in files]
     if report.skipped:
         return (
-            f"{subject.name} and {style.name} have no layer left to fuse: the settings 'scope' and 'one_sided' exclude all "
+            f"{' and '.join(names)} have no layer left to fuse: the settings 'scope' and 'one_sided' exclude all "
             f"{len(report.skipped)} layers that they change."
         )
-    families = " and ".join(sorted({file.family or "an unknown base model" for file in (subject, style)}))
-    return f"No layer of this model is changed by {subject.name} or {style.name}: they were made for {families}."
+    families = " and ".join(sorted({file.family or "an unknown base model" for file in files}))
+    return f"No layer of this model is changed by {' or '.join(names)}: they were made for {families}."
 
 
 __all__ = ["FusionError", "FusionSession", "Report", "fuse"]

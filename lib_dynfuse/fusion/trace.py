@@ -1,34 +1,37 @@
-"""The record of a fusion: which branch won where and when, and by how much. Small: a few bytes per step, layer and image."""
+"""The record of a fusion: how much of each LoRA was used where and when, and what was measured. A few bytes per step, layer and image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..lora.naming import Site
+from .rules import Member
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a session decided, step by step.
+    """What a session did, step by step.
 
-    sites: the S places that both or one of the LoRAs touch, in the model's order.
-    winners: (steps, S, images) bool, True where the subject's branch was used.
-    divergences: (steps, S, images, 2) float32, subject's and style's; 0 where nothing was measured.
-    measured: (steps, S) bool, False for one-sided sites and for those a step did not reach.
-    subject_only, style_only: (S,) bool, the one-sided sites.
-    ties, non_finite: decisions in which both divergences were equal, or one was not a finite number.
+    sites: the S places that any of the LoRAs changes, in the model's order. members: the B LoRAs.
+    weights: (steps, S, images, B) float32, what each LoRA's change was multiplied by: the rule's weight times its strength there and then.
+    divergences: (steps, S, images, B) float32, as measured in that step; 0 where nothing was.
+    reached: (steps, S) bool, False for sites that a step did not run. measured: (steps, S) bool.
+    present: (S, B) bool, whether the LoRA changes the site at all.
+    ties, non_finite: measurements in which the largest divergence was two LoRAs', or one was not a finite number.
     fallbacks: decisions made on the negative prompt because the host ran it alone and first.
     """
 
     sites: tuple[Site, ...]
-    winners: Tensor
+    members: tuple[Member, ...]
+    weights: Tensor
     divergences: Tensor
+    reached: Tensor
     measured: Tensor
-    subject_only: Tensor
-    style_only: Tensor
+    present: Tensor
     ties: int = 0
     non_finite: int = 0
     fallbacks: int = 0
@@ -36,51 +39,92 @@ class Trace:
     @property
     def decided(self) -> Tensor:
         """(S,) bool: sites at which there was a choice."""
-        return ~(self.subject_only | self.style_only)
+        return self.present.sum(-1) > 1
+
+    @property
+    def shares(self) -> Tensor:
+        """(steps, S, images, B): each LoRA's part of what was used there, 0 to 1; all 0 where nothing was."""
+        sizes = self.weights.abs()
+        return sizes / sizes.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+    @property
+    def subject_shares(self) -> Tensor:
+        """(steps, S, images): the part of all subjects together."""
+        subjects = torch.tensor([member.subject for member in self.members], dtype=torch.bool)
+        return self.shares[..., subjects].sum(-1)
+
+    @property
+    def winners(self) -> Tensor:
+        """(steps, S, images) bool: where the subjects' part is half or more."""
+        return self.subject_shares >= 0.5
 
     def subject_share(self) -> float:
-        """Share of the measured decisions that the subject won, 0 to 1; 0.5 when nothing was measured."""
-        if not self.measured.any():
+        """The subjects' mean part over all steps, images and sites with a choice, 0 to 1; 0.5 where there was none."""
+        chosen = self.reached & self.decided
+        if not chosen.any() or not self.weights.shape[2]:
             return 0.5
-        return self.winners[self.measured].float().mean().item()
+        return self.subject_shares[chosen].mean().item()
+
+    def of_image(self, image: int) -> Trace:
+        """The record of one image of the batch."""
+        some = slice(image, image + 1)
+        return replace(self, weights=self.weights[:, :, some], divergences=self.divergences[:, :, some])
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One step's tensors, on their device.
+
+    weights: (numbers of sites, (L, images or 1, B) the rule's weights there, None for all 1). measured: numbers of the sites that were
+    measured; votes: (L, images, B) there. levels: of the LoRAs' strengths at this step, 1 for constant ones. missing: (site, image) of
+    what a count of votes lacked.
+    """
+
+    weights: list[tuple[tuple[int, ...], Tensor | None]]
+    measured: tuple[int, ...]
+    votes: Tensor | None
+    levels: tuple[float, ...]
+    images: int
+    missing: Sequence[tuple[int, int]] = ()
 
 
 @dataclass
 class TraceRecorder:
-    """Collects each step's small tensors on the device and brings them to the host once, at the end."""
+    """Collects each step's small tensors on the device and brings them to the host once, at the end.
+
+    strengths: (S, B) float32 on the host, the constant part of what the weights are multiplied by.
+    """
 
     sites: tuple[Site, ...]
-    subject_only: tuple[bool, ...]
-    style_only: tuple[bool, ...]
-    steps: list[tuple[Tensor, Tensor, tuple[bool, ...]]] = field(default_factory=list)
-
-    def add(self, divergences: list[Tensor | None], decisions: list[Tensor | None]) -> Tensor | None:
-        """One step. divergences: per site (2, images) or None. decisions: per site (images,) bool or None.
-
-        Returns the measured sites' divergences, (L, 2, images), or None when the step measured nothing.
-        """
-        measured = tuple(d is not None for d in decisions)
-        kept = [d for d in divergences if d is not None]
-        if not kept:
-            return None
-        stacked = torch.stack([d.to(kept[0].device) for d in kept])
-        self.steps.append((stacked, torch.stack([d.to(kept[0].device) for d in decisions if d is not None]), measured))
-        return stacked
+    members: tuple[Member, ...]
+    present: Tensor
+    strengths: Tensor
+    steps: list[TraceStep] = field(default_factory=list)
 
     def trace(self, fallbacks: int = 0) -> Trace:
-        images = max((divergences.shape[2] for divergences, _, _ in self.steps), default=0)
-        shape = (len(self.steps), len(self.sites), images)
-        winners, measured = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape[:2], dtype=torch.bool)
-        divergences = torch.zeros(*shape, 2)
+        images = max((step.images for step in self.steps), default=0)
+        shape = (len(self.steps), len(self.sites), images, len(self.members))
+        weights, divergences = torch.zeros(shape), torch.zeros(shape)
+        reached, measured = (torch.zeros(shape[:2], dtype=torch.bool) for _ in range(2))
         ties = non_finite = 0
-        for step, (values, decisions, reached) in enumerate(self.steps):
-            values, mask = values.cpu(), torch.tensor(reached)
-            count = values.shape[2]
-            measured[step] = mask
-            winners[step, mask, :count] = decisions.cpu()
-            divergences[step, mask, :count] = values.transpose(1, 2)
-            ties += int((values[:, 0] == values[:, 1]).sum())
-            non_finite += int((~torch.isfinite(values)).any(1).sum())
-        subject_only, style_only = torch.tensor(self.subject_only, dtype=torch.bool), torch.tensor(self.style_only, dtype=torch.bool)
-        winners[:, subject_only] = True
-        return Trace(self.sites, winners, divergences, measured, subject_only, style_only, ties, non_finite, fallbacks)
+        for number, step in enumerate(self.steps):
+            levels = torch.tensor(step.levels)
+            for numbers, weight in step.weights:
+                used = list(numbers)
+                reached[number, used] = True
+                own = torch.ones(1, 1, 1) if weight is None else weight.detach().cpu().float()
+                weights[number, used, : step.images] = own * (self.strengths[used] * self.present[used] * levels).unsqueeze(1)
+            if step.votes is None:
+                continue
+            votes = step.votes.detach().cpu().float()
+            places = list(step.measured)
+            measured[number, places] = True
+            divergences[number, places, : votes.shape[1]] = votes
+            present = self.present[places].unsqueeze(1).expand_as(votes)
+            compared = votes.masked_fill(~present, -torch.inf)
+            ties += int((compared == compared.amax(-1, keepdim=True)).sum(-1).gt(1).sum()) - len(step.missing)
+            non_finite += int((~torch.isfinite(votes) & present).any(-1).sum())
+        return Trace(self.sites, self.members, weights, divergences, reached, measured, self.present, ties, non_finite, fallbacks)
+
+
+__all__ = ["Trace", "TraceRecorder", "TraceStep"]

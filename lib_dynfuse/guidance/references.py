@@ -49,16 +49,16 @@ _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxErro
 class ReferenceKey:
     """Everything that changes a reference picture or its embeddings.
 
-    side: "subject" or "style". checkpoint, vae, lora: what identifies their contents (hashes). strength, te_strength: the LoRA's, on
-    the denoiser and on the text encoders. others: the other LoRAs of the job, which are part of the base. encoders:
-    Encoders.identity. more: (name, value) of what else a host lets people set.
+    side: "subject" or "style". checkpoint, vae, lora: what identifies their contents (hashes); several LoRAs' with + between.
+    strength: of the LoRA, or of each of several; te_strength: what it is multiplied by on the text encoders. others: the other LoRAs
+    of the job, which are part of the base. encoders: Encoders.identity. more: (name, value) of what else a host lets people set.
     """
 
     side: str
     checkpoint: str
     vae: str
     lora: str
-    strength: float
+    strength: float | str
     te_strength: float
     others: str
     prompt: str

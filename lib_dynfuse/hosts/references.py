@@ -9,14 +9,25 @@ from dataclasses import replace
 from typing import Any
 
 from ..settings import FuseSettings
+from ..strength import number_text
 
 
 def alone(settings: FuseSettings, side: str) -> FuseSettings:
-    """The fusion that uses one LoRA of the pair and nothing of the other (Eq. 14-15)."""
+    """The fusion that uses one side's LoRAs in full, and nothing of the other's (Eq. 14-15)."""
     other = "style" if side == "subject" else "subject"
-    changes: dict[str, Any] = {f"{other}_weight": 0.0, f"{side}_weight": getattr(settings, f"{side}_weight")}
+    changes: dict[str, Any] = {
+        f"{other}_weight": 0.0,
+        f"{side}_weight": full_weight(settings, side),
+        f"{side}_blocks": getattr(settings, f"{side}_blocks"),
+    }
     plain = FuseSettings(subject=settings.subject, style=settings.style, method="direct", te_weight=settings.te_weight)
     return replace(plain, **changes)
+
+
+def full_weight(settings: FuseSettings, side: str) -> float | str:
+    """A side's weight without its course over the steps: that of each of its LoRAs where it is farthest from 0."""
+    weights = [schedule.full for schedule in getattr(settings, f"{side}_schedules")]
+    return weights[0] if len(set(weights)) == 1 else "+".join(map(number_text, weights))
 
 
 def activation_text(lora_path: str) -> str | None:
@@ -37,4 +48,4 @@ def activation_texts(lora_paths: Sequence[str]) -> str | None:
     return ", ".join(text.strip(" ,") for text in texts)
 
 
-__all__ = ["activation_text", "activation_texts", "alone"]
+__all__ = ["activation_text", "activation_texts", "alone", "full_weight"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..lora import LoraFile
 from ..settings import FuseSettings
+from ..strength import one_each
 
 SIDES = ("subject", "style")
 
@@ -15,22 +15,20 @@ Loras = LoraFile | Sequence[LoraFile]
 
 def names_of(settings: FuseSettings, side: str) -> tuple[str, ...]:
     """The names of a side's LoRAs."""
-    names: tuple[str, ...] | None = getattr(settings, f"{side}s", None)
-    return names if names is not None else (getattr(settings, side),)
-
-
-def strengths_of(settings: FuseSettings, side: str, count: int) -> tuple[float, ...]:
-    """One strength for each of a side's `count` LoRAs, where it does not depend on the step: in the text encoders."""
-    schedules = getattr(settings, f"{side}_schedules", None)
-    if schedules is not None:
-        return tuple(schedule.full for schedule in schedules)
-    return (getattr(settings, f"{side}_weight"),) * count
+    names: tuple[str, ...] = getattr(settings, f"{side}s")
+    return names
 
 
 def text_strengths(settings: FuseSettings, subjects: int, styles: int) -> tuple[float, ...]:
-    """The strengths of the text-encoder parts of so many subject LoRAs, then so many style LoRAs."""
-    both = (*strengths_of(settings, "subject", subjects), *strengths_of(settings, "style", styles))
-    return tuple(settings.te_weight * strength for strength in both)
+    """The strengths of the text-encoder parts of so many subject LoRAs, then so many style LoRAs.
+
+    A weight that varies with the step counts in full: the prompt is encoded once.
+    """
+    schedules = (
+        *one_each(settings.subject_schedules, subjects, "subject_weight"),
+        *one_each(settings.style_schedules, styles, "style_weight"),
+    )
+    return tuple(settings.te_weight * schedule.full for schedule in schedules)
 
 
 def as_tuple(loras: Loras) -> tuple[LoraFile, ...]:
@@ -38,9 +36,4 @@ def as_tuple(loras: Loras) -> tuple[LoraFile, ...]:
     return (loras,) if isinstance(loras, LoraFile) else tuple(loras)
 
 
-def one_or_all(loras: Sequence[LoraFile]) -> Any:
-    """As a session takes a side's LoRAs: the one, or all of several."""
-    return loras[0] if len(loras) == 1 else loras
-
-
-__all__ = ["SIDES", "Loras", "as_tuple", "names_of", "one_or_all", "strengths_of", "text_strengths"]
+__all__ = ["SIDES", "Loras", "as_tuple", "names_of", "text_strengths"]

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift, bound
-from .naming import Alias, Part, Site, layout_of
+from .families import has_variable_input, layout_of, sharing
+from .naming import Alias, Part, Site
 from .reader import LoraFile
-
-# The layer whose input an inpainting model widens by a mask and an image.
-_FIRST_CONVOLUTIONS = ("input_blocks.0.0", "conv_in")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class SiteBranch:
         if shape[0] == wanted[0] and math.prod(shape) == math.prod(wanted):
             return True
         narrower = len(shape) == len(wanted) == 4 and (shape[0], *shape[2:]) == (wanted[0], *wanted[2:]) and shape[1] < wanted[1]
-        return narrower and site.layer in _FIRST_CONVOLUTIONS
+        return narrower and has_variable_input(site.layer)
 
     def _in_form(self, made: LowRank | Dense, wanted: tuple[int, ...], site: Site) -> LowRank | Dense:
         shape = made.shape
@@ -120,7 +118,7 @@ class SiteBranch:
 def branches_by_site(file: LoraFile, aliases: Mapping[str, list[Alias]]) -> tuple[dict[Site, SiteBranch], list[str]]:
     """(branch at each site of a model, keys of the file that none of its layers takes).
 
-    aliases: of the model (naming.denoiser_aliases). A layer that the file names twice, fused and split, counts as first named. A
+    aliases: of the model (families.denoiser_aliases). A layer that the file names twice, fused and split, counts as first named. A
     change that depends on the weight of a fused layer is unmatched on a model whose layer is split.
     """
     found: dict[Site, SiteBranch] = {}
@@ -171,7 +169,7 @@ def _different(a: LoraFile, one: str, b: LoraFile, other: str) -> str:
 
 def _architectures(file: LoraFile) -> set[str]:
     layouts = {layout for layer in (*file.denoiser, *file.norms) if (layout := layout_of(layer)) is not None}
-    return {"a Flux model" if layout.startswith("Flux") else "a U-Net (SD 1.x, SD 2.x or SDXL)" for layout in layouts}
+    return {family.kind for family in sharing(layouts)}
 
 
 def _either(kinds: set[str]) -> str:

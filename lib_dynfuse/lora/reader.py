@@ -20,9 +20,19 @@ from torch import Tensor
 
 from ..reasons import first_line
 from .branch import Branch, Dense, LoraError, LowRank, NormShift
-from .families import FAMILIES, recognise, reference_aliases, reference_layers
+from .families import (
+    FAMILIES,
+    has_variable_input,
+    is_kernel,
+    is_norm,
+    known_text_layer,
+    layout_of,
+    recognise,
+    reference_aliases,
+    reference_layers,
+)
 from .kinds import branch_of
-from .naming import KeyName, is_kernel, known_text_layer, layout_of, parse_key
+from .naming import KeyName, parse_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +137,9 @@ def _taken_apart(
         if rank is not None:
             ranks[rank] += 1
     if len(unknown) == len(denoiser) + len(norms) + sum(len(layers) for layers in text.values()):
+        families = ", ".join(known.name for known in FAMILIES)
         raise LoraError(
-            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {', '.join(FAMILIES)}."
+            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {families}."
             if unknown
             else _no_lora(path, list(parsed))
         )
@@ -236,14 +247,9 @@ def _no_lora(path: Path, keys: list[str]) -> str:
     return f"{path.name} is no LoRA: {what}."
 
 
-_NORM_LAYER = re.compile(
-    r"(?:^|.*_)(?:norm\d?|in_layers_0|out_layers_0|conv_norm_out|out_0|layer_norm\d?|(?:query|key)_norm|norm_(?:added_)?[qk])"
-)
-
-
 def _norm_roles(layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A lone diff_b is a bias: of a normalisation layer, if the name says so, which shifts and has no branch."""
-    if tensors.keys() == {"diff_b"} and _NORM_LAYER.fullmatch(layer):
+    if tensors.keys() == {"diff_b"} and is_norm(layer):
         return {"b_norm": tensors["diff_b"]}
     return tensors
 
@@ -271,10 +277,6 @@ def _in_family(layer: str, family: str | None) -> bool:
     return layout_of(layer) is not None if family is None else layer in reference_aliases(family)
 
 
-# Layers whose input widths differ between variants of one base model (inpainting, control).
-_VARIABLE_INPUTS = ("input_blocks.0.0", "img_in")
-
-
 def _refuse_misfits(path: Path, family: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise LoraError if nearly all layers have the base model's shapes and some do not: such a file is damaged.
 
@@ -285,7 +287,7 @@ def _refuse_misfits(path: Path, family: str, shapes: Mapping[str, tuple[int, ...
     checked = 0
     for layer, shape in shapes.items():
         sites = [alias.site for alias in aliases.get(layer, ())]
-        if not sites or sites[0].layer in _VARIABLE_INPUTS:
+        if not sites or has_variable_input(sites[0].layer):
             continue
         whole = layers[sites[0].layer]
         rows = sum(whole[0] if site.part is None else site.part.rows(whole[0])[1] for site in sites)

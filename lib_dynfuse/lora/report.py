@@ -6,12 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 
-from .families import SD2, reference_aliases
+from .families import layout_of, reference_aliases, sharing, text_encoder
 from .matching import branches_by_site, norms_by_layer
-from .naming import Alias, Site, layout_of
+from .naming import Alias, Site
 from .reader import LoraFile
 
-_ENCODERS = {"te1": "CLIP-L", "te2": "CLIP-G", "t5": "T5"}
 _NAMED = 3  # unmatched keys that are named; the rest is counted
 _TAGS = 8
 
@@ -34,10 +33,7 @@ def describe(file: LoraFile) -> list[str]:
         ("Kinds", ", ".join(f"{kind} ({_count(number, 'layer')})" for kind, number in file.kinds.items())),
         ("Ranks", _ranks(file.ranks)),
         ("Denoiser", _denoiser(file)),
-        (
-            "Text encoders",
-            ", ".join(f"{_encoder(file, name)} ({_count(len(layers), 'layer')})" for name, layers in file.text.items()) or "none",
-        ),
+        ("Text encoders", ", ".join(_encoder(file, name) for name in file.text) or "none"),
     ]
     if file.embeddings:
         rows.append(("Embeddings", ", ".join(file.embeddings) + " (bundled; the WebUI loads them, DynFuse does not)"))
@@ -71,7 +67,7 @@ def _sites(file: LoraFile, family: str | None) -> set[Site]:
 
 
 def _encoder(file: LoraFile, name: str) -> str:
-    return "OpenCLIP-H" if name == "te1" and file.family == SD2 else _ENCODERS[name]
+    return f"{text_encoder(name, file.family).name} ({_count(len(file.text[name]), 'layer')})"
 
 
 def _count(number: int, what: str) -> str:
@@ -91,9 +87,7 @@ def _unknown_family(file: LoraFile) -> str:
     layouts = {layout for layer in (*file.denoiser, *file.norms) if (layout := layout_of(layer)) is not None}
     if not layouts:
         return "unknown (it changes only text encoders)"
-    if any(layout.startswith("Flux") for layout in layouts):
-        return "unknown (a transformer whose layers are named as Flux's)"
-    return "unknown (a U-Net; neither its names nor its sizes tell which)"
+    return f"unknown ({sharing(layouts)[0].unrecognised})"
 
 
 def _ranks(ranks: Mapping[int, int]) -> str:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from ..guidance.references import ReferenceCache
 from ..settings import FuseSettings, SettingsError, field_metadata, field_types
-from .tag import check_pair
+from ..text.tag import check_pair
 
 
 def read_arguments(arguments: Sequence[Any], cache: ReferenceCache) -> FuseSettings | None:

@@ -18,8 +18,9 @@ import gradio as gr
 from PIL import Image
 
 from ..hosts.webui.host import WebUIHost
-from ..settings import PRESETS, FuseSettings, SettingsError, field_metadata, field_types
-from . import gallery, infotext, pictures
+from ..settings import LORA_FIELDS, PRESETS, FuseSettings, SettingsError, field_metadata, field_types
+from ..text import infotext
+from . import gallery, pictures
 
 TITLE = "DynFuse"
 SWITCH_TOOLTIP = "Fuse a subject LoRA and a style LoRA. A <dynfuse:...> tag in the prompt goes before what is chosen here."
@@ -29,9 +30,14 @@ PRESET_TOOLTIPS = {
     "paper": "Set the method, its advanced settings and the guidance as in the paper's experiments. Exact gradients and the full VAE take "
     "several times as long, and much memory.",
 }
-LORA_FIELDS = infotext.LORA_FIELDS
 MAIN_FIELDS = (*LORA_FIELDS, "subject_weight", "style_weight", "method", "criterion")
-ADVANCED_ROWS = (("te_weight", "bias"), ("granularity", "scope", "one_sided"), ("temperature", "balance"))
+ADVANCED_ROWS = (
+    ("te_weight", "bias"),
+    ("granularity", "scope", "one_sided"),
+    ("temperature", "balance"),
+    ("decide", "decide_every", "vote_tokens"),
+    ("hr", "subject_blocks", "style_blocks"),
+)
 GUIDANCE_ROWS = (
     ("guidance", "m"),
     ("content_weight", "style_clip_weight", "style_dino_weight"),

@@ -106,7 +106,7 @@ def _map(trace: Trace | None, settings: FuseSettings | None) -> Image.Image | No
     if trace is None:
         return None
     assert settings is not None, "a pass that ran had settings"
-    return selection_map.draw(trace, settings.subject, settings.style)
+    return selection_map.draw(trace, *settings.subjects, *settings.styles)
 
 
 def _curve(record: GuidanceRecord | None, width: int = CURVE_WIDTH) -> Image.Image | None:

@@ -19,7 +19,8 @@ from modules import errors, extra_networks, script_callbacks, scripts
 from ..guidance.guide import wants_guidance
 from ..hosts.webui.detect import detect
 from ..settings import FuseSettings, SettingsError
-from . import infotext, options, panel, results, tag
+from ..text import infotext, tag
+from . import options, panel, results
 from .arguments import read_arguments
 
 log = logging.getLogger(__name__)
@@ -98,12 +99,12 @@ class DynFuseScript(scripts.Script):
         results.forget(_tab(self.is_img2img))
         for key in [key for key in p.extra_generation_params if key == infotext.ENABLED or key.startswith(f"{infotext.ENABLED} ")]:
             del p.extra_generation_params[key]
-        names = [name for settings in _readable(tags) for name in (settings.subject, settings.style)]
+        names = [name for settings in _readable(tags) for name in settings.subjects + settings.styles]
         settings = _settings_or_none(arguments)
         # A tag in a prompt goes before the panel, whose settings then made no image.
         if settings is not None and not all(tag.find_tags(prompt) for prompt in prompts):
             p.extra_generation_params.update(infotext.settings_fields(_repeatable(settings, p.all_seeds)))
-            names += [settings.subject, settings.style]
+            names += settings.subjects + settings.styles
         p.extra_generation_params.update(infotext.hash_field(names, detect().catalogue.hash))
         if p.disable_extra_networks and (settings is not None or tags):
             _say(p, "extra networks are disabled for this job, so the LoRAs were not fused")

@@ -92,14 +92,6 @@ def test_rms_divides_both_by_the_spread_of_the_base(criterion):
     torch.testing.assert_close(measured.double(), expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_channels_first_gives_the_same_as_channels_last(criterion):
-    y0, d = features(0.2)
-    last = token_divergences(criterion, y0.float(), d.float())
-    first = token_divergences(criterion, y0.float().transpose(1, 2), d.float().transpose(2, 3), axis=1)
-    torch.testing.assert_close(first, last, rtol=1e-4, atol=1e-7)
-
-
 def test_many_tokens_are_measured_as_few_are():
     """More elements than one chunk holds."""
     generator = torch.Generator().manual_seed(3)

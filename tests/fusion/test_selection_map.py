@@ -7,20 +7,27 @@ import torch
 from PIL import Image, ImageFont
 
 from lib_dynfuse.fusion import selection_map
+from lib_dynfuse.fusion.rules import Member
 from lib_dynfuse.fusion.selection_map import ONE_SIDED, STYLE, SUBJECT, draw
 from lib_dynfuse.fusion.trace import Trace
 from lib_dynfuse.lora.naming import Site
 
+PAIR = (Member("dog", True), Member("ink", False))
+
 
 def a_trace(winners, *, layers=None, one_sided=()):
-    """winners: (steps, sites, images) bool."""
-    steps, sites, images = winners.shape
+    """winners: (steps, sites, images) bool, True for the subject. one_sided: sites that only the style changes."""
+    return weighted(torch.stack([winners, ~winners], -1).float(), layers=layers, one_sided=one_sided)
+
+
+def weighted(weights, *, members=PAIR, layers=None, one_sided=()):
+    """weights: (steps, sites, images, B)."""
+    steps, sites, _, _ = weights.shape
     names = layers or [f"input_blocks.{i * 9 // sites}.1.transformer_blocks.0.attn1.to_q" for i in range(sites)]
-    style_only = torch.zeros(sites, dtype=torch.bool)
-    style_only[list(one_sided)] = True
-    measured = (~style_only).expand(steps, sites).clone()
-    divergences = torch.zeros(steps, sites, images, 2)
-    return Trace(tuple(map(Site, names)), winners, divergences, measured, torch.zeros_like(style_only), style_only)
+    present = torch.ones(sites, len(members), dtype=torch.bool)
+    present[list(one_sided), 0] = False
+    reached = torch.ones(steps, sites, dtype=torch.bool)
+    return Trace(tuple(map(Site, names)), members, weights, torch.zeros_like(weights), reached, reached & (present.sum(-1) > 1), present)
 
 
 def places(picture, colour):
@@ -106,3 +113,32 @@ def test_it_is_drawn_on_a_system_without_fonts(monkeypatch, name):
 
 def test_a_job_without_choices_says_so():
     assert draw(a_trace(torch.zeros(0, 5, 0, dtype=torch.bool))).height < 60
+
+
+def test_a_mixture_is_between_its_loras_colours():
+    """One layer that uses three parts of the subject and one of the style, of the same strength at each step."""
+    weights = torch.tensor([0.75, 0.25]).expand(4, 6, 1, 2).clone()
+    mixed = tuple(round(0.75 * s + 0.25 * t) for s, t in zip(SUBJECT, STYLE, strict=True))
+    picture = draw(weighted(weights))
+    assert area(picture, mixed) > 100 * 300
+    assert area(picture, SUBJECT) == area(picture, STYLE) == 0
+
+
+def test_a_lora_that_comes_in_later_is_paler_before():
+    """Half of a style's strength is half way from white to its colour; none of it is white."""
+    weights = torch.zeros(3, 5, 1, 2)
+    weights[1, :, :, 1], weights[2, :, :, 1] = 0.5, 1.0
+    picture = draw(weighted(weights))
+    half = tuple(round(255 - 0.5 * (255 - c)) for c in STYLE)
+    assert area(picture, STYLE) == pytest.approx(area(picture, half), rel=0.02)
+
+
+def test_every_one_of_several_loras_has_a_colour_of_its_own():
+    members = (Member("a", True), Member("b", True), Member("c", False), Member("d", False))
+    weights = torch.eye(4).reshape(1, 4, 1, 4).expand(3, 4, 1, 4).clone()
+    picture = draw(weighted(weights, members=members))
+    colours = selection_map.colours_of(members)
+    assert len(set(colours)) == 4
+    areas = [area(picture, colour) for colour in colours]
+    assert min(areas) == pytest.approx(max(areas), rel=0.02)
+    assert picture.height > draw(a_trace(torch.ones(3, 4, 1, dtype=torch.bool))).height  # two lines of names

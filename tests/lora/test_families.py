@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from lib_dynfuse.lora import block_label, denoiser_aliases, is_attention, layer_label
-from lib_dynfuse.lora.families import FAMILIES, FLUX, SD1, SD2, SDXL, reference_aliases, reference_layers
-from lib_dynfuse.lora.naming import Part, flat, layout_of
+from lib_dynfuse.lora.families import FAMILIES, FLUX, SD1, SD2, SDXL, layout_of, reference_aliases, reference_layers
+from lib_dynfuse.lora.naming import Part, flat
 
 UNETS = {
-    SD1: {"cross_attention_dim": 768},
-    SD2: {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [5, 10, 20, 20]},
-    SDXL: {
+    SD1.name: {"cross_attention_dim": 768},
+    SD2.name: {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [5, 10, 20, 20]},
+    SDXL.name: {
         "cross_attention_dim": 2048,
         "use_linear_projection": True,
         "attention_head_dim": [5, 10, 20],
@@ -31,7 +31,7 @@ def diffusers_layers(family: str) -> dict[str, tuple[int, ...]]:
     """Layers of diffusers' own model with the shapes of their weights, without memory for them."""
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
-        if family == FLUX:
+        if family == FLUX.name:
             model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
         else:
             model = diffusers.UNet2DConditionModel(**UNETS[family])
@@ -42,7 +42,7 @@ def rows(layer: tuple[int, ...], part: Part | None) -> int:
     return layer[0] if part is None else part.rows(layer[0])[1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_the_tables_hold_exactly_diffusers_layers_under_their_own_names(family):
     ours, theirs = reference_layers(family), diffusers_layers(family)
     forth, back = reference_aliases(family), denoiser_aliases(theirs)
@@ -92,7 +92,7 @@ def test_flux_parts_agree_with_diffusers_converter_of_checkpoints():
     """Every row of every converted weight is found where the aliases of both layouts say. Weights have one column of row numbers."""
     converters = pytest.importorskip("diffusers.loaders.single_file_utils")
     wanted = ("double_blocks.0.", "single_blocks.0.")
-    layers = {n: s for n, s in reference_layers(FLUX).items() if n.startswith(wanted) or "blocks." not in n}
+    layers = {n: s for n, s in reference_layers(FLUX.name).items() if n.startswith(wanted) or "blocks." not in n}
     weights, first = {}, 0
     for name, shape in layers.items():
         weights[name] = torch.arange(first, first + shape[0])
@@ -117,7 +117,7 @@ def test_flux_parts_agree_with_diffusers_converter_of_checkpoints():
         torch.testing.assert_close(gathered(back, theirs, flat(name)), value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_every_layer_has_a_label_of_its_own(family):
     aliases = reference_aliases(family)
     sites = {alias.site for targets in aliases.values() for alias in targets}
@@ -125,7 +125,7 @@ def test_every_layer_has_a_label_of_its_own(family):
     assert all(layer_label(site).startswith(block_label(site)) for site in sites)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_every_alias_is_a_name_of_a_known_scheme(family):
     assert [name for name in reference_aliases(family) if layout_of(name) is None] == []
     strange = [
@@ -139,5 +139,5 @@ def test_every_alias_is_a_name_of_a_known_scheme(family):
 
 def test_attention_of_sdxl_is_the_560_layers_of_the_paper():
     """Its LoRAs, trained as K-LoRA's, change query, key, value and output of 70 blocks with two attentions each."""
-    sites = {alias.site for aliases in reference_aliases(SDXL).values() for alias in aliases}
+    sites = {alias.site for aliases in reference_aliases(SDXL.name).values() for alias in aliases}
     assert sum(is_attention(site) for site in sites) == 70 * 2 * 4

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 
 from lib_dynfuse.lora import LoraError, LowRank, branches_by_site, denoiser_aliases, norms_by_layer, read_lora
 from lib_dynfuse.lora.branch import NormShift
-from lib_dynfuse.lora.families import FAMILIES, FLUX, SD1, SD2, SDXL, reference_layers
+from lib_dynfuse.lora.families import FAMILIES, reference_layers
 
 from .writing import kohya, pair, peft, random, saved
 
+SD1, SD2, SDXL, FLUX = (family.name for family in FAMILIES)
 ATTENTION = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
@@ -38,7 +39,7 @@ def whole_file(family: str, rank: int = 1) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_a_file_for_a_base_model_is_recognised_and_all_its_layers_match(tmp_path, family):
     file = read_lora(saved(tmp_path, whole_file(family)))
     assert file.family == family

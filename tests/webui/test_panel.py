@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from lib_dynfuse.settings import FuseSettings, field_metadata, field_types
-from lib_dynfuse.webui import infotext, panel
+from lib_dynfuse.text import infotext
+from lib_dynfuse.webui import panel
 from lib_dynfuse.webui.arguments import read_arguments
 from tests.webui.conftest import FakeHost
 

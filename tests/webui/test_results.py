@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lib_dynfuse.fusion.rules import Member
 from lib_dynfuse.fusion.trace import Trace
 from lib_dynfuse.guidance import curve
 from lib_dynfuse.guidance.encoders import Embeddings
@@ -18,9 +19,10 @@ from lib_dynfuse.webui import results
 
 def trace(steps=3):
     sites = tuple(Site(f"input_blocks.{block}.1.proj_in") for block in (1, 2))
-    winners = torch.tensor([[[True], [False]]]).expand(steps, 2, 1)
-    one_sided = torch.zeros(2, dtype=torch.bool)
-    return Trace(sites, winners, torch.ones(steps, 2, 1, 2), torch.ones(steps, 2, dtype=torch.bool), one_sided, one_sided)
+    weights = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]).expand(steps, 2, 1, 2)
+    ran = torch.ones(steps, 2, dtype=torch.bool)
+    members = (Member("dog", True), Member("watercolor", False))
+    return Trace(sites, members, weights, torch.ones(steps, 2, 1, 2), ran, ran, torch.ones(2, 2, dtype=torch.bool))
 
 
 def fusion_pass(*notes, hires=False, with_trace=True, guidance=None):

@@ -4,7 +4,7 @@ from PIL import Image
 
 from lib_dynfuse.guidance.weights import CLIP_DEFAULT, DINO_DEFAULT
 from lib_dynfuse.settings import FuseSettings, SettingsError, field_types
-from lib_dynfuse.webui import tag
+from lib_dynfuse.text import tag
 from tests.webui.conftest import Job, extra_network_data
 
 PAIR = {"subject": "dog", "style": "watercolor"}

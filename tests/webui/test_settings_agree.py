@@ -1,19 +1,22 @@
 """Tag, infotext, API and panel read and write the same settings: every field, with a value that is not its default."""
 
 import dataclasses
+import random
 
 import pytest
 from PIL import Image
 
 from lib_dynfuse.settings import FuseSettings, SettingsError, field_metadata, field_types
-from lib_dynfuse.webui import infotext, tag
+from lib_dynfuse.text import infotext, tag
 from lib_dynfuse.webui.arguments import read_arguments
-from tests.webui.host_infotext import create_infotext_line, parse_infotext_line
+from tests.text.host_infotext import create_infotext_line, parse_infotext_line
 
 NAMES = [
     *("a:b", "a>b", "<lora:a:1>", "a,b", "a, b", "a=b", "method=direct", "error=x", "dog:0.5"),
     *("100%", "50%3A", "my%20lora", "%", "é%C3%A9", '"quoted"', 'a"b', "a\\b", "a\nb", "c#sharp", " outer "),
     *("dog (v2)", "[dog]", "a|b", "{a}", "512x512", "1.0", "True", "DynFuse", "犬", "folder/dog"),
+    *("dog+hat", "+", "++", " + ", "a+b+c", "50%2B", "%2b", "%25", "%252B", "%%2B", "%2+", "%+", "+2B", "%20", " %20 ", "%20a%20", "a%"),
+    *("dog/hat", "1@0.5", "0@0,1@1", "%20%20", "% 20", "\tdog\n", "é", " "),
 ]
 PROMPTS = [
     *("a dog, sitting: on grass", "(dog:1.2), [a|b], {x}", "<lora:ink:0.5> a dog", "<dynfuse:a:b>", "a dog AND a cat"),
@@ -38,8 +41,20 @@ class OnePicture:
         return self.digits
 
 
+# In their shortest form, as the settings keep them.
+TEXTS = {
+    "subject_weight": "0@0,1@0.3,0.6@1",
+    "style_weight": "0@2,1@2",
+    "hr": "0.7/0@0,1@1",
+    "subject_blocks": "in4-in8=0.5,out3=0",
+    "style_blocks": ",".join(["1", "0.25"] * 6),
+}
+
+
 def other_than_default(name):
     """A permitted value that is not the field's default."""
+    if name in TEXTS:
+        return TEXTS[name]
     default = FuseSettings.__dataclass_fields__[name].default
     metadata = field_metadata(name)
     if metadata["choices"]:
@@ -77,11 +92,15 @@ def through_api_changed_names(settings):
     return through_api(settings.non_default())
 
 
+def through_api_lists(settings):
+    return through_api({**settings.non_default(), "subject": list(settings.subjects), "style": settings.styles})
+
+
 def through_panel(settings):
     return through_api(*(getattr(settings, name) for name in FIELDS))
 
 
-WAYS = [through_tag, through_infotext, through_api_names, through_api_changed_names, through_panel]
+WAYS = [through_tag, through_infotext, through_api_names, through_api_changed_names, through_api_lists, through_panel]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -102,8 +121,41 @@ def test_all_fields_together_survive_every_way_in(way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("subject", NAMES)
 def test_any_name_survives_every_way_in(way, subject):
-    settings = FuseSettings(subject=subject, style=f"{subject}-style", te_weight=0.5)
+    settings = FuseSettings.from_mapping({"subject": [subject], "style": [f"{subject}-style"], "te_weight": 0.5})
     assert way(settings) == settings
+    assert (way(settings).subjects, way(settings).styles) == ((subject,), (f"{subject}-style",))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_any_names_together_survive_every_way_in(way):
+    chance = random.Random(5)
+    for _ in range(200):
+        *names, style = chance.sample(NAMES, chance.randint(2, 5))
+        settings = FuseSettings.from_mapping({"subject": names, "style": [style]})
+        assert way(settings) == settings
+        assert (way(settings).subjects, way(settings).styles) == (tuple(names), (style,))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_any_characters_in_names_survive_every_way_in(way):
+    chance = random.Random(6)
+    for _ in range(300):
+        names = {"".join(chance.choices('%%%+2025Bbe :,<>=#a/@\n"', k=chance.randint(1, 9))) for _ in range(4)}
+        style, *subjects = sorted(names | {"dog", "hat"})
+        settings = FuseSettings.from_mapping({"subject": subjects, "style": [style]})
+        assert way(settings) == settings
+        assert way(settings).subjects == tuple(subjects)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_each_survives_every_way_in(way):
+    several = {"subject": "dog+hat", "style": "watercolor+ink+oil"}
+    settings = FuseSettings(
+        **several, subject_weight="1+0@0,1@5", style_weight="0.5+1e300+-1e-07", hr="0.5+0.25/1@0,0@1", style_blocks="mid=0++x"
+    )
+    assert way(settings) == settings
+    assert [schedule.text() for schedule in settings.subject_schedules] == ["1", "0@0,1@5"]
+    assert [schedule.constant for schedule in settings.style_schedules] == [0.5, 1e300, -1e-7]
 
 
 @pytest.mark.parametrize("way", WAYS)

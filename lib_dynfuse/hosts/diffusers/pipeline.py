@@ -31,8 +31,7 @@ from ...guidance.weights import EncoderError
 from ...reasons import first_line
 from ...settings import FuseSettings
 from ..references import alone
-from ..sides import Loras, as_tuple, one_or_all
-from ..step import begin_step, end_step
+from ..sides import Loras, as_tuple
 from ..wrapping import wrapped
 from .guidance import GuidanceSources, GuidedCall, NoDecoderError, guidance_decoders
 from .loading import PipelineError
@@ -146,7 +145,7 @@ class FusedPipeline:
         )
 
     def _new_session(self) -> FusionSession:
-        return FusionSession(denoiser(self.pipeline), one_or_all(self.subjects), one_or_all(self.styles), self.settings)
+        return FusionSession(denoiser(self.pipeline), self.subjects, self.styles, self.settings)
 
     @contextmanager
     def _during_denoising(self, session: FusionSession, call: GuidedCall | None) -> Iterator[None]:
@@ -158,14 +157,14 @@ class FusedPipeline:
             name = next((name for name in ("sample", "hidden_states") if name in kwargs), None)
             latent = kwargs[name] if name else args[0]
             rows = rows_of(self.pipeline, latent.shape[0])
-            begin_step(session, steps.next())
+            session.begin(steps.next())
 
             def run(latent: torch.Tensor) -> Any:
                 with session.attached(rows):
                     return forward(*args, **{**kwargs, name: latent}) if name else forward(latent, *args[1:], **kwargs)
 
             result = call.denoise(run, latent, kwargs, rows.count) if call else run(latent)
-            end_step(session)
+            session.end_step()
             return result
 
         with ExitStack() as stack:

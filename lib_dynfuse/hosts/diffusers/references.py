@@ -14,7 +14,7 @@ from torch import nn
 from ...guidance.references import ReferenceKey
 from ...lora import LoraFile
 from ...settings import FuseSettings
-from ..references import activation_texts
+from ..references import activation_texts, full_weight
 
 # Values of each weight tensor that go into a model's fingerprint: a finetune or a merged LoRA changes nearly all of them.
 _VALUES_PER_TENSOR = 1024
@@ -47,7 +47,8 @@ def reference_key(
     """Everything that the side's reference depends on. encoders: Encoders.identity."""
     networks = {name: part for name, part in sorted(pipeline.components.items()) if isinstance(part, nn.Module)}
     own = {name for name in networks if name != "vae"}
-    strength = getattr(settings, f"{side}_weight")
+    strength = full_weight(settings, side)
+    blocks = getattr(settings, f"{side}_blocks")
     size = pipeline.vae_scale_factor * denoiser_sample_size(pipeline)
     return ReferenceKey(
         side=side,
@@ -55,7 +56,7 @@ def reference_key(
         vae=fingerprint(pipeline.vae),
         lora="+".join(hashlib.sha256(lora.path.read_bytes()).hexdigest() for lora in loras),
         strength=strength,
-        te_strength=strength * settings.te_weight,
+        te_strength=settings.te_weight,
         others="",
         prompt=prompt,
         negative_prompt=job.negative_prompt,
@@ -68,7 +69,8 @@ def reference_key(
         height=job.height or size,
         clip_skip=job.more.get("clip_skip") or 0,
         encoders=encoders,
-        more=tuple(
+        more=(("blocks", blocks),) * bool(blocks)
+        + tuple(
             (name, value if isinstance(value, str) else repr(value))
             for name, value in sorted(job.more.items())
             if name not in (*_OF_THE_JOB_ALONE, "clip_skip")

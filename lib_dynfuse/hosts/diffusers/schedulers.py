@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...fusion import Step
 from ...guidance.correction import Kind, Level, Schedule, step_level
-from ..step import Step
 
 # Euler's own stand-in for the infinite level of a schedule with zero terminal signal (scheduling_euler_discrete.py, 2**-24).
 _LEAST_SIGNAL = 2.0**-24

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...fusion import Step
 from ...guidance.correction import Level, Schedule
-from ..step import Step
 from .roles import Samplers
 from .sampler_levels import level_of, start_of
 from .seams import argument

@@ -14,11 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from ...fusion import FusionError, FusionSession, Report, Trace
+from ...fusion import FusionError, FusionSession, Report, Step, Trace
 from ...lora import LoraFile
 from ...settings import FuseSettings
-from ..sides import one_or_all
-from ..step import Step, begin_step, end_step, is_undecided, repeat_step
 from .facts import Sampling
 from .guided import GuidedPass
 from .lora_files import FileVersion
@@ -114,7 +112,7 @@ class FusionPass:
 
         def attach_again() -> None:
             self._hook.close()
-            self._attach(cfg_denoiser, cond, repeat_step)
+            self._attach(cfg_denoiser, cond, FusionSession.repeat)
 
         self.denoising = True
         try:
@@ -125,7 +123,7 @@ class FusionPass:
                 else:
                     result = self.guidance.denoise(facts, cfg_denoiser, call, args, kwargs, attach_again)
             if self._session is not None:
-                end_step(self._session)
+                self._session.end_step()
             return result
         finally:
             self.denoising = False
@@ -168,7 +166,7 @@ class FusionPass:
 
     def _begin(self, session: FusionSession) -> None:
         assert self._step is not None
-        begin_step(session, self._step)
+        session.begin(self._step)
 
     def _attach(self, cfg_denoiser: Any, cond: Any, tell: Callable[[FusionSession], None]) -> None:
         """Put the session on the model for the rest of this denoiser call. tell: says to it which step this is."""
@@ -212,17 +210,16 @@ class FusionPass:
             session.restart()
             return session
         self.release()
-        subjects, styles = one_or_all(request.subjects), one_or_all(request.styles)
-        return FusionSession(model, subjects, styles, request.settings, weight_of=denoisers.weight_of)
+        return FusionSession(model, request.subjects, request.styles, request.settings, weight_of=denoisers.weight_of)
 
 
 def _decided(session: FusionSession, calls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """All model calls of a step, made once more where a negative prompt that ran alone and first could not know its image's choice."""
     result = calls(*args, **kwargs)
-    if not is_undecided(session):
+    if not session.undecided:
         return result
     del result  # and the graph with it
-    repeat_step(session)
+    session.repeat()
     return calls(*args, **kwargs)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from ...guidance.encoders import Encoders
 from ...guidance.references import Reference, ReferenceCache, ReferenceKey, reference_of_given, sides_needed
 from ...settings import FuseSettings
-from ..references import alone
+from ..references import alone, full_weight
 from .lora_files import FileVersion
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class ReferenceMaker:
     def _key(self, side: str) -> ReferenceKey:
         from modules.shared import opts
 
-        strength = getattr(self.settings, f"{side}_weight")
+        blocks = getattr(self.settings, f"{side}_blocks")
         options = [(name, str(getattr(opts, name, None))) for name in _OPTIONS]
         own = [(name, str(getattr(self.p, name, None))) for name in _FIELDS]
         return ReferenceKey(
@@ -135,8 +135,8 @@ class ReferenceMaker:
             checkpoint=self.base.checkpoint,
             vae=self.base.vae,
             lora=self.hashes[side],
-            strength=strength,
-            te_strength=strength * self.settings.te_weight,
+            strength=full_weight(self.settings, side),
+            te_strength=self.settings.te_weight,
             others=self.tags_identity,
             prompt=self._prompt(side),
             negative_prompt=self.p.all_negative_prompts[self._first_image],
@@ -149,7 +149,7 @@ class ReferenceMaker:
             height=int(self.p.height),
             clip_skip=int(getattr(opts, "CLIP_stop_at_last_layers", 1)),
             encoders=self.encoders.identity,
-            more=(*options, *own, *((name, str(value)) for name, value in sorted(self.more.items()))),
+            more=(*options, *own, *[("blocks", blocks)] * bool(blocks), *((name, str(value)) for name, value in sorted(self.more.items()))),
         )
 
     def _job(self, side: str) -> Any:

@@ -72,7 +72,7 @@ class Requests:
             new.settings = own or self.parse_tags([list(params.items) for params in data.get(TAG, [])])
             if new.settings is None:
                 return None
-            new.request = self._read(new.settings)
+            new.request = self._read(new.settings.for_hires() if new.hires else new.settings)
             if wants_guidance(new.settings):
                 new.guidance = self._guidance(p, data, new, job)
         except (SettingsError, LoraError, UnknownLora, FusionError, EncoderError, ReferenceFailed) as reason:
@@ -117,7 +117,7 @@ class Requests:
         try:
             with own_random_state():  # a new encoder is filled with random numbers before its weights are
                 job.encoders = encoders = self._storage.encoders()
-            references = job.references_for(new) or self._reference_maker(p, data, new.request, encoders).references()
+            references = job.references_for(new) or self._reference_maker(p, data, new.settings, new.request, encoders).references()
         except EncoderError as reason:
             if not self._storage.goes_on_without_encoders:
                 raise
@@ -127,8 +127,10 @@ class Requests:
             return None  # the job itself stops at its first step
         return GuidedPass(self._roles.samplers, new.settings, encoders, references, job.decoders)
 
-    def _reference_maker(self, p: Any, data: Mapping[str, Sequence[Any]], request: Request, encoders: Encoders) -> ReferenceMaker:
-        settings = request.settings
+    def _reference_maker(
+        self, p: Any, data: Mapping[str, Sequence[Any]], settings: FuseSettings, request: Request, encoders: Encoders
+    ) -> ReferenceMaker:
+        """settings: of the first pass, whose references a hires pass shares whatever its own weights are."""
         tags = other_tags(data, TAG, lambda name: self._catalogue.is_among(name, request.paths))
         return ReferenceMaker(
             p,

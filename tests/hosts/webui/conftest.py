@@ -5,7 +5,7 @@ import pytest
 from lib_dynfuse.hosts.webui.a1111 import A1111
 from lib_dynfuse.hosts.webui.forge import FORGE
 from lib_dynfuse.hosts.webui.host import WebUIHost
-from lib_dynfuse.webui.tag import parse_tags
+from lib_dynfuse.text.tag import parse_tags
 from tests.fakes.a1111 import FakeA1111
 from tests.fakes.forge import FakeForge
 from tests.fakes.models import TextEncoder, UNet, write_lora

@@ -16,7 +16,7 @@ from lib_dynfuse.hosts.webui.detect import nearest
 from lib_dynfuse.hosts.webui.forge import FORGE
 from lib_dynfuse.hosts.webui.host import WebUIHost
 from lib_dynfuse.hosts.webui.job import JobSeams
-from lib_dynfuse.webui.tag import parse_tags
+from lib_dynfuse.text.tag import parse_tags
 from tests.fakes.a1111 import FakeA1111
 from tests.fakes.forge import FakeForge
 from tests.fakes.forks import FakeClassic, FakeNeo, FakeReForge

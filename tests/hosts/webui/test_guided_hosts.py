@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lib_dynfuse.guidance.encoders import load_encoders
-from lib_dynfuse.webui.tag import escape
+from lib_dynfuse.text.tag import escape
 from tests.fakes import webui as fakes
 from tests.fakes.encoders import write_clip, write_dino
 from tests.fakes.webui import Processing

@@ -297,7 +297,9 @@ class TestSessions:
 
     def test_the_devices_memory_is_free_after_the_job(self, webui, made):
         webui.run(f"a cat {TAG}", n_iter=2)
-        assert all(site.operators is None for session in made for site in session._sites)
+        sites = [site for session in made for layer in session.layers for site in getattr(layer, "sites", ())]
+        assert sites
+        assert all(site.operators is None for site in sites)
 
     def test_each_batch_has_its_own_record(self, webui):
         records = []
@@ -451,7 +453,7 @@ def tensors_alive():
 
 class TestInstalling:
     def test_installing_twice_wraps_once(self, webui):
-        from lib_dynfuse.webui.tag import parse_tags
+        from lib_dynfuse.text.tag import parse_tags
 
         denoiser = webui.modules["modules.sd_samplers_cfg_denoiser"].CFGDenoiser
         once = denoiser.forward
@@ -466,7 +468,7 @@ class TestInstalling:
         assert "wrapper" not in webui.modules["modules.sd_samplers_cfg_denoiser"].CFGDenoiser.forward.__qualname__
 
     def test_a_wrapper_that_somebody_wrapped_sleeps_and_wakes(self, webui, plain):
-        from lib_dynfuse.webui.tag import parse_tags
+        from lib_dynfuse.text.tag import parse_tags
 
         ours = webui.networks.load_networks
         webui.networks.load_networks = lambda *args, **kwargs: ours(*args, **kwargs)

@@ -1,0 +1,169 @@
+"""The benchmark's command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib_dynfuse.bench.fusion import processor
+
+from ..model import WEIGHTS
+from .making import shipped_judge
+from .methods import METHODS, RANDOM, ROWS, SWEEP, RowError, chosen, row_of
+from .protocol import CFG_SCALE, PAIRS, REFERENCE_SEED, REPORTED, SEEDS, STEPS, TUNING, Pair
+from .run import made, processors
+from .statistics import RESAMPLES
+from .summary import Summary, as_json, summaries
+from .table import diagnosis_table, scores_table
+from .work import Outcome, Setup, tasks
+
+_QUICK_SEEDS = 4
+_SETS = {"all": PAIRS, "tuning": TUNING, "reported": REPORTED}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark; argv: without the program's name. Returns the exit code. Raises OSError for a file that is missing."""
+    options = _parser().parse_args(argv)
+    try:
+        pairs = _pairs(options.pairs or ("tuning" if options.quick else "all"))
+        standard = [*ROWS, *(() if options.quick else SWEEP)]
+        rows = [*chosen(standard, options.only or []), *(row_of(text, "tried") for text in options.tried or [])]
+    except RowError as error:
+        print(f"{str(error)[:1].upper()}{str(error)[1:]}.", file=sys.stderr)
+        return 2
+    rows = list({row.name: row for row in rows}.values())
+    seeds = tuple(range(options.seeds or (_QUICK_SEEDS if options.quick else len(SEEDS))))
+    work = tasks(pairs, rows)
+    if not work:
+        print("Nothing to do: the sweep's rows are for the tuning pairs.", file=sys.stderr)
+        return 2
+    workers = min(options.workers or processors(), len(work))
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="dynfuse-bench-") as references:
+        outcomes = made(work, Setup(options.weights, Path(references), options.load_judge, seeds), workers)
+    seconds = time.perf_counter() - start
+    # A machine's other work at the start; its own workers are not yet in it.
+    about = {"workers": workers, "load_before": load, "seconds": seconds}
+    reported, tuned = (summaries(outcomes, rows, [pair for pair in group if pair in pairs]) for group in (REPORTED, TUNING))
+    if options.json:
+        print(json.dumps(_result(outcomes, reported, tuned, pairs, seeds, about)))
+    else:
+        print(_text(reported, tuned, pairs, seeds, about))
+    if options.pictures:
+        from .pictures import write_pictures
+
+        for path in write_pictures(options.pictures, outcomes, rows, reported, tuned):
+            print(path, file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lib_dynfuse toy bench",
+        description="Which fusion is better, in the miniature world: pictures of 16 pairs of LoRAs, made by each method on the same noise, "
+        "and judged by networks that no method has seen. Settings are tried on 4 of the pairs, methods are compared on the 12 others. "
+        "All of it takes a quarter of an hour on two processors.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="print everything as JSON: means, intervals, every picture's scores, the machine")
+    add("--pictures", type=Path, metavar="DIR", help="write sheets of pictures and figures of the scores there")
+    add("--only", action="append", metavar="ROW", help="only these rows, by name ('selection*') or group (floor, method, sweep, ceiling); "
+        "may be repeated")  # fmt: skip
+    add("--try", action="append", dest="tried", metavar="'ROW SETTING=X ...'", help=f"a further row: {', '.join([*METHODS, RANDOM])}, with "
+        "settings ('selection bias=2 criterion=js'); may be repeated")  # fmt: skip
+    add("--pairs", metavar="P", help=f"{', '.join(_SETS)}, or names with commas between ({PAIRS[0].name},{PAIRS[1].name}) (default: all)")
+    add("--seeds", type=_positive, metavar="N", help=f"pictures of each pair (default: {len(SEEDS)})")
+    add("--quick", action="store_true", help=f"{_QUICK_SEEDS} pictures of each tuning pair, without the sweep: only shows that all works")
+    add("--workers", type=_positive, metavar="N", help="processes (default: one for each processor)")
+    add("--weights", type=Path, default=WEIGHTS, metavar="DIR", help="the world's weights (default: those that come along)")
+    parser.set_defaults(load_judge=shipped_judge)
+    return parser
+
+
+def _pairs(text: str) -> tuple[Pair, ...]:
+    if text in _SETS:
+        return _SETS[text]
+    names = {pair.name: pair for pair in PAIRS}
+    wanted = text.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        raise RowError(f"there is no pair {unknown[0]!r}; there are {', '.join(names)}")
+    return tuple(pair for name, pair in names.items() if name in wanted)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _text(reported: Sequence[Summary], tuned: Sequence[Summary], pairs: Sequence[Pair], seeds: Sequence[int], about: dict[str, Any]) -> str:
+    parts = []
+    for title, group, found in (("Reported", REPORTED, reported), ("Tuning", TUNING, tuned)):
+        if found:
+            count = sum(pair in pairs for pair in group)
+            parts += [f"### {title} pairs: {count} × {len(seeds)} pictures a row", scores_table(found), diagnosis_table(found)]
+    load = "" if about["load_before"] is None else f" (load before: {about['load_before']:.1f})"
+    parts.append(
+        f"Means with 95 % bootstrap intervals (pairs, and seeds within pairs). {STEPS} steps of DDIM, CFG {CFG_SCALE:g}.\n"
+        f"{about['seconds'] / 60:.1f} minutes in {about['workers']} processes of one thread on {processor()}{load}.\n"
+        "Seconds per picture: of one processor, without making the guidance's references."
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _result(
+    outcomes: Sequence[Outcome],
+    reported: Sequence[Summary],
+    tuned: Sequence[Summary],
+    pairs: Sequence[Pair],
+    seeds: Sequence[int],
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "protocol": {
+            "steps": STEPS,
+            "cfg_scale": CFG_SCALE,
+            "seeds": list(seeds),
+            "reference_seed": REFERENCE_SEED,
+            "prompts": {pair.name: [pair.prompt, pair.subject_prompt, pair.style_prompt] for pair in pairs},
+            "tuning": [pair.name for pair in TUNING if pair in pairs],
+            "reported": [pair.name for pair in REPORTED if pair in pairs],
+            "resamples": RESAMPLES,
+        },
+        "reported": [as_json(summary) for summary in reported],
+        "tuning": [as_json(summary) for summary in tuned],
+        "pictures": [
+            {
+                "pair": outcome.pair.name,
+                "row": outcome.row,
+                **{name: np.round(getattr(outcome, name), 5).tolist() for name in ("subject", "style", "intact")},
+            }
+            for outcome in outcomes
+        ],
+        "run": {
+            **about,
+            "processor": processor(),
+            "processors": processors(),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            **{package: version(package) for package in ("diffusers", "transformers", "numpy")},
+        },
+    }
+
+
+__all__ = ["main"]

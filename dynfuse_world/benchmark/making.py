@@ -1,0 +1,163 @@
+"""One row's pictures of one pair, made and judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lib_dynfuse.fusion import Rule, Step
+from lib_dynfuse.fusion.rules import Votes
+from lib_dynfuse.fusion.session import FusionSession
+from lib_dynfuse.guidance.references import ReferenceCache
+from lib_dynfuse.guidance.weights import EncoderSources
+from lib_dynfuse.hosts.diffusers import FusedPipeline, GuidanceSources, denoiser
+from lib_dynfuse.lora import LoraFile, read_lora
+from lib_dynfuse.lora.naming import Site
+
+from ..judges import load_judges
+from ..model import load_pipeline
+from ..oracles import read_oracle
+from .diagnosis import Diagnosis, EveryRow, diagnosis
+from .methods import Row
+from .protocol import Pair
+from .work import Judge, Outcome, Setup, Task
+
+
+def shipped_judge(weights: Path) -> Judge:
+    return load_judges(weights / "judges.safetensors")
+
+
+class Studio:
+    """The world's model, its LoRAs and the judge, in one process."""
+
+    def __init__(self, setup: Setup, on_step: Callable[[], None] = lambda: None) -> None:
+        """on_step: called after each denoising step; an exception that it raises ends the work. Raises OSError for a missing file."""
+        self.setup = setup
+        self._on_step = on_step
+        self._pipeline = load_pipeline(setup.weights)
+        self._judge = setup.load_judge(setup.weights)
+        encoders = EncoderSources(setup.weights, str(setup.weights / "clip"), str(setup.weights / "dino"), download=False)
+        self._guidance = GuidanceSources(encoders, ReferenceCache(setup.references))
+        self._loras: dict[str, LoraFile] = {}
+
+    def make(self, task: Task) -> Outcome:
+        pair, row = task.pair, task.row
+        clock = _Clock(self._on_step)
+        images, trace = self._base(pair, clock) if row.loras == "none" else self._fused(pair, row, clock)
+        seconds = clock.seconds() / len(images)
+        pictures = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        scores = self._judge.scores(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        return Outcome(
+            pair,
+            row.name,
+            scores.subject(pair.subject).double().numpy(),
+            scores.style(pair.style).double().numpy(),
+            scores.intact.double().numpy(),
+            seconds,
+            pictures[: task.shown],
+            trace,
+        )
+
+    def _base(self, pair: Pair, clock: _Clock) -> tuple[list[Image.Image], None]:
+        setup = self.setup
+        output = self._pipeline(
+            pair.prompt,
+            num_images_per_prompt=len(setup.seeds),
+            num_inference_steps=setup.steps,
+            guidance_scale=setup.cfg_scale,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in setup.seeds],
+            callback_on_step_end=clock.pipeline_step,
+        )
+        return output.images, None
+
+    def _fused(self, pair: Pair, row: Row, clock: _Clock) -> tuple[list[Image.Image], Diagnosis | None]:
+        setup = self.setup
+        subject = read_oracle(setup.weights, pair.name) if row.loras == "oracle" else self._lora(pair.subject)
+        rule = RandomChoice(pair, setup.seeds) if row.loras == "random" else None
+        fused = _Fusion(self._pipeline, subject, self._lora(pair.style), row, pair, self._guidance, rule)
+        made = fused(
+            pair.prompt,
+            seeds=setup.seeds,
+            steps=setup.steps,
+            cfg_scale=setup.cfg_scale,
+            progress=clock.step,
+            reference_progress=clock.reference_step,
+        )
+        return made.images, diagnosis(made.trace, all_rows=fused.every_row)
+
+    def _lora(self, name: str) -> LoraFile:
+        if name not in self._loras:
+            self._loras[name] = read_lora(self.setup.weights / "loras" / f"{name}.safetensors")
+        return self._loras[name]
+
+
+def random_choice(pair: Pair, seeds: tuple[int, ...], site: Site) -> Tensor:
+    """A coin for each picture: (images,) bool, True for the subject."""
+    coins = [np.random.default_rng([*f"{pair.name} {seed} {site.layer}".encode()]).random() < 0.5 for seed in seeds]
+    return torch.tensor(coins)
+
+
+class RandomChoice(Rule):
+    """The control: for every layer and picture a coin decides which LoRA is used, at all steps."""
+
+    name = "random"
+    summary = "a coin for each layer and picture"
+    selects = True
+    constant = True
+
+    def __init__(self, pair: Pair, seeds: tuple[int, ...]):
+        self.pair, self.seeds = pair, seeds
+
+    def weights(self, step: Step, votes: Votes | None) -> Tensor:
+        coins = torch.stack([random_choice(self.pair, self.seeds, site) for site in self.places.sites])
+        return torch.stack([coins, ~coins], -1).float().to(self.device)
+
+
+class _Fusion(FusedPipeline):
+    """A row's fusion, with what only the benchmark asks of a session."""
+
+    def __init__(
+        self, pipeline: Any, subject: LoraFile, style: LoraFile, row: Row, pair: Pair, guidance: GuidanceSources, rule: Rule | None
+    ):
+        self._rule = rule
+        self.every_row = row.loras == "pair" and row.settings.method == "dynfuse" and row.settings.granularity == "row"
+        super().__init__(pipeline, subject, style, row.settings_for(pair), guidance)
+
+    def _new_session(self) -> FusionSession:
+        kind = EveryRow if self.every_row else FusionSession
+        return kind(denoiser(self.pipeline), self.subjects, self.styles, self.settings, rule=self._rule)
+
+
+class _Clock:
+    """Times a row, without the references that were made on the way.
+
+    In processor time: on one thread of a quiet machine that is the wall's.
+    """
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+        self._start = time.process_time()
+
+    def step(self, done: int, steps: int) -> None:
+        self._on_step()
+
+    def reference_step(self, side: str, done: int, steps: int) -> None:
+        self._on_step()
+        self._start = time.process_time()
+
+    def pipeline_step(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self._on_step()
+        return tensors
+
+    def seconds(self) -> float:
+        return time.process_time() - self._start
+
+
+__all__ = ["RandomChoice", "Studio", "random_choice", "shipped_judge"]

@@ -1,0 +1,337 @@
+"""From step to step: what was measured in one becomes the weights of those that follow.
+
+    decide = now     every n-th step (decide_every) the layers measure and choose; the steps between keep the choice
+    decide = next    the first step as now; after it every n-th step's samples are measured when its calls are over, and choose for the
+                     steps that follow
+
+Weights that are known before a step are brought into the layers for all sites at once: where one LoRA has all the weight, its matrices
+are gathered, group by group, into tensors that stay the same, and a layer multiplies by them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .call import FusionState
+from .layer import FusedSite
+from .operators import Group
+from .rules import Votes
+from .step import Step
+from .trace import Trace, TraceRecorder, TraceStep
+from .votes import Ballot
+
+Numbers = tuple[int, ...]
+
+
+class Decisions:
+    """Of one session. begun: steps begun since the start."""
+
+    def __init__(self, state: FusionState, sites: Sequence[FusedSite], recorder: TraceRecorder):
+        self.begun = 0
+        self._state = state
+        self._sites = sites
+        self._recorder = recorder
+        # Between these sites' LoRAs a rule that measures has to choose.
+        self._compared = tuple(site.number for site in sites if len(site.members) > 1)
+        self._under_way = False
+        self._blocks: list[_Block] = []
+        self._held: Tensor | None = None  # (S, images or 1, B): the weights of the steps to come
+        self._known: set[int] = set()  # the sites that it holds for
+        self._in_place: tuple[object, ...] | None = None  # what the layers' pairs were made from
+        self._tally: dict[Numbers, list[tuple[Numbers, Tensor]]] = {}
+        self._undone = 0
+
+    @property
+    def _in_layers(self) -> bool:
+        """Whether the layers choose at every step."""
+        settings = self._state.settings
+        return settings.granularity != "image" or (settings.decide == "now" and settings.decide_every == 1)
+
+    # Steps.
+
+    def begin(self, step: Step) -> None:
+        state, rule, settings = self._state, self._state.rule, self._state.settings
+        for site in self._sites:
+            site.forget()
+        state.begin(step)
+        self._under_way, self._undone = True, state.fallbacks
+        self._tally.clear()
+        chooses = self.begun % settings.decide_every == 0
+        state.sampling = False
+        if not rule.measures:
+            if self._blocks and not rule.uniform and not (rule.constant and self._held is not None):
+                self._held = rule.weights(step, None)
+            if self._blocks:
+                self._apply()
+        elif self._held is not None and not self._in_layers and (settings.decide == "next" or not chooses):
+            state.sampling = chooses
+            self._apply()
+        self.begun += 1
+
+    def end(self) -> None:
+        if not self._under_way:
+            return
+        self._under_way = False
+        state = self._state
+        record = self._record()
+        self._recorder.steps.append(record)
+        if record.votes is not None and state.rule.measures:
+            assert state.step is not None
+            state.rule.observe(state.step, Votes(record.votes, self._presence(record.measured, record.votes.device)))
+        if not state.rule.measures or not self._in_layers:
+            if self.begun == 1 or state.rebound:
+                self._regroup()
+                state.rebound = False
+            if state.rule.measures:
+                self._decide(record)
+
+    def repeat(self) -> None:
+        """The step's calls are made again, with the choices that the first ones brought."""
+        state = self._state
+        state.undecided, state.fallbacks = False, self._undone
+        self._tally.clear()
+
+    def restart(self) -> None:
+        for site in self._sites:
+            site.forget()
+        self._recorder.steps.clear()
+        self._state.fallbacks = 0
+        self._state.rule.restart()
+        self._held, self._under_way, self.begun = None, False, 0
+        self._known.clear()
+        self._tally.clear()
+
+    def release(self) -> None:
+        for site in self._sites:
+            site.operators = site.pair = site.ballot = None
+        self._blocks.clear()
+        self._in_place = None
+
+    def trace(self) -> Trace:
+        if not self._under_way:
+            return self._recorder.trace(self._state.fallbacks)
+        steps = [*self._recorder.steps, record] if (record := self._record()).weights else self._recorder.steps
+        return replace(self._recorder, steps=list(steps)).trace(self._state.fallbacks)
+
+    # Calls.
+
+    def call_begins(self) -> None:
+        if not self._under_way:
+            self.begin(Step.of(self.begun, 0))
+
+    def call_ends(self) -> None:
+        """Count the votes of a call's samples."""
+        state, settings = self._state, self._state.settings
+        if not state.sampling:
+            return
+        with torch.no_grad():
+            for block in self._blocks:
+                if block.ballot is None:
+                    continue
+                levels = state.member_levels(block.group.members, block.group.downs.device)
+                for numbers, images, votes in block.ballot.counted(settings.criterion, settings.temperature == "rms", levels):
+                    self._tally.setdefault(images, []).append((numbers, state.spread(votes, block.group.members)))
+            for number, images, own in state.collected:
+                self._tally.setdefault(images, []).append(((number,), own.unsqueeze(0)))
+            state.collected.clear()
+
+    # What was measured, and what follows.
+
+    def _record(self) -> TraceStep:
+        """The step under way or just over, as far as it was run."""
+        state = self._state
+        pieces: list[tuple[Numbers, Tensor | None]] = []
+        run = [site for site in self._sites if site.operators is not None]
+        if state.rule.uniform:
+            pieces.append((tuple(site.number for site in run), None))
+        elif state.rule.measures:
+            pieces.append((tuple(site.number for site in run if len(site.members) == 1), None))
+        if state.weights is not None:
+            held = tuple(number for number in range(len(self._sites)) if number not in state.left_out and self._takes_weights(number))
+            pieces.append((held, state.weights.index_select(0, self._numbers(held, state.weights.device))))
+        chosen = [site for site in run if site.choice is not None and site.votes is not None]
+        measured: Numbers = ()
+        votes: Tensor | None = None
+        missing: list[tuple[int, int]] = []
+        if chosen:
+            measured = tuple(site.number for site in chosen)
+            votes = _stacked([site.votes for site in chosen])
+            pieces.append((measured, _stacked([site.choice for site in chosen])))
+        elif self._tally:
+            measured, votes, missing = self._counted()
+        return TraceStep([piece for piece in pieces if piece[0]], measured, votes, state.levels, state.count, missing)
+
+    def _takes_weights(self, number: int) -> bool:
+        """Whether the rule's weights say something of a site: one that measures has nothing to say where there is one LoRA."""
+        return not self._state.rule.measures or len(self._sites[number].members) > 1
+
+    def _counted(self) -> tuple[Numbers, Tensor, list[tuple[int, int]]]:
+        """Each site's and image's mean over its rows: (numbers, (L, images, B), (site, image) without a row)."""
+        images, entries = next(iter(self._tally.items()))
+        count = self._state.count
+        everything = tuple(range(count))
+        numbers = tuple(number for own, _ in entries for number in own)
+        values = torch.cat([own for _, own in entries]) if len(entries) > 1 else entries[0][1]
+        if len(self._tally) == 1 and images == everything and len(set(numbers)) == len(numbers):
+            return numbers, values, []
+        device = values.device
+        total = values.new_zeros(len(self._sites), count, values.shape[-1])
+        rows = [[0] * count for _ in self._sites]
+        for images, entries in self._tally.items():
+            own = tuple(number for some, _ in entries for number in some)
+            summed = values.new_zeros(len(self._sites), len(images), values.shape[-1])
+            summed.index_add_(0, self._numbers(own, device), torch.cat([some for _, some in entries]))
+            total.index_add_(1, self._numbers(images, device), summed)
+            for number in own:
+                for image in images:
+                    rows[number][image] += 1
+        numbers = tuple(number for number, own in enumerate(rows) if any(own))
+        counts = tuple(rows[number][image] for number in numbers for image in everything)
+        indices = self._state.indices(device)
+        means = total.index_select(0, self._numbers(numbers, device)) * indices.reciprocals(counts).view(-1, count, 1)
+        missing = [(number, image) for number in numbers for image in everything if not rows[number][image]]
+        return numbers, means, missing
+
+    def _decide(self, record: TraceStep) -> None:
+        """The weights of the steps to come."""
+        state = self._state
+        if record.votes is None or state.step is None:
+            return
+        device = record.votes.device
+        if state.settings.decide == "now":
+            weights = next(own for numbers, own in reversed(record.weights) if numbers == record.measured)
+            assert weights is not None
+        else:
+            weights = state.rule.weights(state.step, Votes(record.votes, self._presence(record.measured, device)))
+        places = self._numbers(record.measured, device)
+        base = self._held
+        if base is None or base.shape[1] != weights.shape[1] or base.device != device:
+            base = weights.new_zeros(len(self._sites), *weights.shape[1:])
+            self._known.clear()
+        elif record.missing:
+            gone = set(record.missing)
+            kept = [int((number, image) in gone) for number in record.measured for image in range(weights.shape[1])]
+            mask = state.indices(device).numbers(kept).bool().view(len(record.measured), -1, 1)
+            weights = torch.where(mask, base.index_select(0, places), weights)
+        self._held = base.index_copy(0, places, weights)
+        self._known.update(record.measured)
+
+    def _presence(self, numbers: Numbers, device: torch.device) -> Tensor | None:
+        """Votes.present of these sites."""
+        members = len(self._state.schedules)
+        if all(len(self._sites[number].members) == members for number in numbers):
+            return None
+        flags = [int(member in self._sites[number].members) for number in numbers for member in range(members)]
+        return self._numbers(tuple(flags), device).bool().view(-1, 1, members)
+
+    def _numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        return self._state.indices(device).numbers(tuple(numbers))
+
+    # Weights into the layers.
+
+    def _regroup(self) -> None:
+        """Put sites of one shape side by side."""
+        state = self._state
+        self._blocks.clear()
+        self._in_place = None
+        groups: dict[tuple[object, ...], list[FusedSite]] = {}
+        for site in self._sites:
+            site.pair = site.ballot = None
+            operators = site.operators
+            if operators is None or operators.downs is None or not self._takes_weights(site.number):
+                continue
+            key = (site.members, operators.shape, operators.dtype, operators.device, site.tokens)
+            groups.setdefault(key, []).append(site)
+        for sites in groups.values():
+            alike = [site.operators for site in sites if site.operators is not None]
+            numbers = tuple(site.number for site in sites)
+            group = Group(sites[0].members, alike)
+            ballot = None
+            if state.rule.measures and alike[0].kernel is None and sites[0].tokens:
+                ballot = Ballot(group, numbers, sites[0].tokens, state.settings.vote_tokens)
+                for site in sites:
+                    site.ballot = ballot
+            self._blocks.append(_Block(group, sites, numbers, ballot))
+
+    def _apply(self) -> None:
+        """Bring the held weights into the layers."""
+        state, rule = self._state, self._state.rule
+        if self._held is not None:
+            state.hold(self._held, frozenset(self._compared) - self._known if rule.measures else frozenset())
+        if self._held is not None and self._held.shape[1] > 1:
+            return  # the images' weights differ: by row
+        state.paired = True
+        made_from = (self._held, state.levels)
+        if self._in_place is not None and self._in_place[0] is made_from[0] and self._in_place[1] == made_from[1]:
+            return
+        self._in_place = made_from
+        if rule.selects:
+            self._select()
+        else:
+            self._scale()
+
+    def _select(self) -> None:
+        """The LoRA that has the weight, alone."""
+        state = self._state
+        assert self._held is not None
+        weights = self._held.squeeze(1)
+        winners = weights.argmax(-1)
+        for block in self._blocks:
+            group = block.group
+            places = self._numbers(block.numbers, weights.device)
+            if len(group.members) == len(state.schedules):
+                own = winners.index_select(0, places)
+            else:
+                own = state.columns(weights.index_select(0, places), group.members).argmax(-1)
+            levels = state.member_levels(group.members, weights.device)
+            group.choose(own, None if levels is None else levels.index_select(0, own))
+            if block.paired != "selected":
+                down, up = group.chosen()
+                block.pair([(down[place], up[place]) for place in range(group.size)], "selected")
+
+    def _scale(self) -> None:
+        """All LoRAs, one after another, each times its weight; without those whose strength is 0 at this step."""
+        state = self._state
+        for block in self._blocks:
+            group = block.group
+            levels = [state.levels[member] for member in group.members]
+            used = [place for place, level in enumerate(levels) if level]
+            if not used:
+                block.pair([None] * group.size, "nothing")
+                continue
+            span = slice(used[0], used[-1] + 1)
+            ups = group.ups[:, span]
+            factors = state.member_levels(group.members, ups.device)
+            if self._held is not None:
+                own = state.columns(self._held.squeeze(1).index_select(0, self._numbers(block.numbers, ups.device)), group.members)
+                factors = own if factors is None else own * factors
+            if factors is not None:
+                factors = factors[..., span].to(ups.dtype)
+                ups = torch.mul(ups, factors.unsqueeze(-1).unsqueeze(-1) if factors.dim() == 2 else factors[:, None, None])
+            downs = group.downs[:, span]
+            block.pair([(downs[place].flatten(0, 1), ups[place].flatten(0, 1)) for place in range(group.size)], "scaled")
+
+
+class _Block:
+    """A group, its sites, and where their samples go. paired: what the sites' pairs are."""
+
+    def __init__(self, group: Group, sites: Sequence[FusedSite], numbers: Numbers, ballot: Ballot | None):
+        self.group, self.sites, self.numbers, self.ballot = group, sites, numbers, ballot
+        self.paired = ""
+
+    def pair(self, pairs: Sequence[tuple[Tensor, Tensor] | None], what: str) -> None:
+        self.paired = what
+        for site, pair in zip(self.sites, pairs):
+            site.pair, site.silent = pair, pair is None
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack([tensor.to(present[0].device) for tensor in present])
+
+
+__all__ = ["Decisions"]

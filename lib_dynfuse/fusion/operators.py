@@ -1,0 +1,131 @@
+"""The LoRAs of one site in the form in which they are applied, and sites of the same shape side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..lora.branch import Dense, LowRank
+
+
+@dataclass
+class Operators:
+    """A site's P LoRAs on one device in one dtype; their constant strengths and scales are folded in.
+
+    Low-rank sites: downs (P, r, in), for kernels (P, r, in, kh, kw), and ups (P, r, out); smaller ranks are padded with zeros.
+    Other sites: dense, (P, out, in[, kh, kw]); biases (P, out) or None.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    out: int
+    downs: Tensor | None = None
+    ups: Tensor | None = None
+    dense: Tensor | None = None
+    biases: Tensor | None = None
+
+    @property
+    def kernel(self) -> tuple[int, int] | None:
+        """The kernel's size, None for a linear layer and a 1 x 1 convolution."""
+        weight = self.downs if self.downs is not None else self.dense
+        assert weight is not None
+        return (weight.shape[3], weight.shape[4]) if weight.dim() == 5 else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What sites that are measured together have in common; low-rank only."""
+        assert self.downs is not None and self.ups is not None
+        return (*self.downs.shape, self.out)
+
+    def matches(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether they can be applied to such a layer's input."""
+        return self.dtype == dtype and self.device == device
+
+    @classmethod
+    def make(cls, branches: Sequence[LowRank | Dense], strengths: Sequence[float], device: torch.device, dtype: torch.dtype) -> Operators:
+        """strengths: one for each branch. Makes normal tensors, also under inference mode."""
+        with torch.inference_mode(False), torch.no_grad():
+            out = branches[0].shape[0]
+            thin = [b for b in branches if isinstance(b, LowRank)]
+            if len(thin) == len(branches) and all(b.bias is None for b in branches) and len({_kernel(b.down).shape[1:] for b in thin}) == 1:
+                rank = max(b.rank for b in thin)
+                pairs = [_thin(b, s, rank, device, dtype) for b, s in zip(thin, strengths)]
+                return cls(device, dtype, out, torch.stack([d for d, _ in pairs]), torch.stack([u for _, u in pairs]).contiguous())
+            dense = [_kernel(b.delta_weight().to(device).mul(s)).to(dtype) for b, s in zip(branches, strengths)]
+            biases = None
+            if any(b.bias is not None for b in branches):
+                zero = torch.zeros(out, device=device)
+                shifts = [zero if b.bias is None else b.bias.to(device, torch.float32) * s for b, s in zip(branches, strengths)]
+                biases = torch.stack(shifts).to(dtype)
+            return cls(device, dtype, out, dense=torch.stack(dense), biases=biases)
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    """(n, in), or (n, in, kh, kw) for a true kernel: files write 1 x 1 convolutions both ways."""
+    return weight.flatten(1) if weight.dim() == 4 and weight.shape[2:] == (1, 1) else weight
+
+
+def _thin(branch: LowRank, strength: float, rank: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # Half of the factor on each side, folded in float32: a small alpha / rank on one side alone could leave float16's range.
+    factor = branch.scale * strength
+    root = abs(factor) ** 0.5
+    down = (_kernel(branch.down).to(device, torch.float32) * root).to(dtype)
+    up = (branch.up.to(device, torch.float32).t() * math.copysign(root, factor)).to(dtype)
+    missing = rank - down.shape[0]
+    if missing:
+        down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+        up = torch.cat([up, up.new_zeros(missing, up.shape[1])])
+    return down, up
+
+
+@dataclass
+class Group:
+    """G sites whose low-rank operators have one shape.
+
+    members: P numbers of the LoRAs. operators: of the sites; their matrices become views of the stacks here, downs
+    (G, P, r, in[, kh, kw]) and ups (G, P, r, out).
+    """
+
+    members: tuple[int, ...]
+    operators: Sequence[Operators]
+    downs: Tensor = field(init=False)
+    ups: Tensor = field(init=False)
+    _chosen: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    _starts: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            downs = [operators.downs for operators in self.operators if operators.downs is not None]
+            ups = [operators.ups for operators in self.operators if operators.ups is not None]
+            self.downs, self.ups = torch.stack(downs), torch.stack(ups)
+            for number, operators in enumerate(self.operators):
+                operators.downs, operators.ups = self.downs[number], self.ups[number]
+
+    @property
+    def size(self) -> int:
+        return len(self.operators)
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """Room for one LoRA's matrices at each site, (G, r, in[, kh, kw]) and (G, r, out): the same tensors at every step."""
+        if self._chosen is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._chosen = torch.empty_like(self.downs[:, 0]), torch.empty_like(self.ups[:, 0])
+                self._starts = torch.arange(0, self.size * len(self.members), len(self.members), device=self.downs.device)
+        return self._chosen
+
+    def choose(self, winners: Tensor, levels: Tensor | None) -> None:
+        """Gather the winners' matrices into `chosen`. winners: (G,) int64 among the members; levels: (G,) what they are multiplied by."""
+        down, up = self.chosen()
+        assert self._starts is not None
+        places = winners + self._starts
+        torch.index_select(self.downs.flatten(0, 1), 0, places, out=down)
+        torch.index_select(self.ups.flatten(0, 1), 0, places, out=up)
+        if levels is not None:
+            up.mul_(levels.to(up.dtype)[:, None, None])
+
+
+__all__ = ["Group", "Operators"]

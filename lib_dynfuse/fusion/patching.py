@@ -1,0 +1,57 @@
+"""A layer of the model whose forward is ours while a session is attached."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class PatchedLayer(ABC):
+    """Put on with attach, taken off with detach: nothing of ours is on the module in between."""
+
+    def __init__(self, name: str, module: nn.Module):
+        self.name = name
+        self.module = module
+        self._own_forward: Callable[..., Tensor] | None = None
+        self._had_instance_forward = False
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What stands in for the layer's own forward."""
+
+    def attach(self) -> None:
+        """Put our forward on the module, as an attribute of the instance that shadows its class's."""
+        if self._own_forward is not None:
+            return  # still there, under a forward that somebody else put on top and did not take off
+        instance = self.module.__dict__
+        self._had_instance_forward = "forward" in instance
+        self._own_forward = self.module.forward
+        instance["forward"] = self.forward
+
+    def detach(self) -> None:
+        """Take it off again. A forward that somebody put on after us stays; if it calls ours, ours passes through."""
+        instance = self.module.__dict__
+        if self._own_forward is None or instance.get("forward") != self.forward:
+            return
+        if self._had_instance_forward:
+            instance["forward"] = self._own_forward
+        else:
+            del instance["forward"]
+        self._own_forward = None
+
+    def _base(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer gives without us."""
+        if self._own_forward is None:  # called through a reference that outlived the attachment
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self._own_forward(*args, **kwargs)
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward's first argument, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+__all__ = ["PatchedLayer", "argument"]

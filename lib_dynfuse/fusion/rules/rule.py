@@ -1,0 +1,94 @@
+"""What a rule is: from what was measured, the step and the LoRAs themselves to the weight of each LoRA in each layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...lora.branch import Dense, LowRank
+from ...lora.naming import Site
+from ...settings import FuseSettings
+from ..step import Step
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the LoRAs that are fused. subject: it shows what is in the picture; else it says how the picture is drawn."""
+
+    name: str
+    subject: bool
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a rule knows before the first step.
+
+    sites: S. members: B, the subjects before the styles. present: (S, B) bool on the CPU, whether the LoRA changes the site at all.
+    change: (site, member) -> the LoRA's change there at the strength asked for; may only be asked once the first step is under way,
+    since some kinds depend on the layer's weight.
+    """
+
+    sites: tuple[Site, ...]
+    members: tuple[Member, ...]
+    present: Tensor
+    settings: FuseSettings
+    change: Callable[[int, int], LowRank | Dense]
+
+
+@dataclass(frozen=True)
+class Votes:
+    """What was measured at L sites, one by one in the layers or all at once.
+
+    values: (L, I, B) float32, one divergence per site, image and LoRA. present: (L, 1, B) bool, whether the LoRA changes the site at all:
+    else its value means nothing. None where all do.
+    """
+
+    values: Tensor
+    present: Tensor | None = None
+
+
+class Rule(ABC):
+    """A fusion method. Subclasses name themselves, and give one formula.
+
+    name: the value of the setting `method`. summary: one line for the panel. measures: its weights follow from votes, the divergences of
+    the setting `criterion`. selects: exactly one LoRA has a weight at each site of each image. constant: its weights are the same at
+    every step. uniform: all its weights are 1. device: where weights without votes are wanted.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    measures: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
+    constant: ClassVar[bool] = False
+    uniform: ClassVar[bool] = False
+
+    places: Places
+    device: torch.device = torch.device("cpu")
+
+    def prepare(self, places: Places) -> None:
+        """Once for a session: what follows from the LoRAs and the layers' names alone."""
+        self.places = places
+
+    @abstractmethod
+    def weights(self, step: Step, votes: Votes | None) -> Tensor:
+        """The weights of the coming sums, float32; nothing in here may wait for the device.
+
+        votes: of any number of sites; None for a rule that does not measure. Returns (L, I, B) on the votes' device; without votes
+        (S, 1, B), for all images alike, on self.device.
+        """
+
+    def observe(self, step: Step, votes: Votes) -> None:
+        """A step is over: its votes, of all sites measured in it. For rules that look at a whole step at once."""
+        return
+
+    def restart(self) -> None:
+        """Another picture begins: forget what was observed."""
+        return
+
+
+__all__ = ["Member", "Places", "Rule", "Votes"]

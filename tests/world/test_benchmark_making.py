@@ -1,0 +1,250 @@
+"""Pictures of rows, from the world's networks with random weights."""
+
+# ruff: noqa: E402 (what needs diffusers comes after the skip)
+
+import copy
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("diffusers", reason="the world's model is a diffusers pipeline")
+
+from dynfuse_world import benchmark, model
+from dynfuse_world.benchmark.making import RandomChoice, Studio, random_choice, shipped_judge
+from dynfuse_world.benchmark.methods import ROWS, row_of
+from dynfuse_world.benchmark.protocol import TUNING
+from dynfuse_world.benchmark.run import made
+from dynfuse_world.benchmark.work import Setup, Task, tasks
+from dynfuse_world.judges import Judges
+from dynfuse_world.oracles import read_oracle, write_oracles
+from lib_dynfuse.fusion import Rows
+from lib_dynfuse.fusion.session import FusionSession
+from lib_dynfuse.hosts.diffusers import FusedPipeline
+from lib_dynfuse.lora import read_lora
+from lib_dynfuse.lora.naming import Site
+from lib_dynfuse.settings import FuseSettings
+
+from ..fakes.encoders import write_clip, write_dino
+
+PAIR = TUNING[0]
+ROW = {row.name: row for row in ROWS}
+SEEDS = (3, 4)
+STEPS = 3
+
+
+def attention_lora(unet, rank, seed):
+    """kohya's tensors, strong enough that a choice shows."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, module in unet.named_modules():
+        if re.search(r"\.to_(q|k|v|out\.0)$", name):
+            key = f"lora_unet_{name.replace('.', '_')}"
+            out, width = module.weight.shape
+            tensors[f"{key}.lora_down.weight"] = torch.randn(rank, width, generator=generator) / width**0.5
+            tensors[f"{key}.lora_up.weight"] = 0.3 * torch.randn(out, rank, generator=generator)
+            tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder as the shipped one, for the first tuning pair."""
+    folder = tmp_path_factory.mktemp("weights")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = model.new_unet()
+        model.save_network(unet, folder / "unet.safetensors")
+        model.save_network(model.new_vae(), folder / "vae.safetensors", {"scaling_factor": "0.35"})
+        model.save_text_encoder(model.new_text_encoder(), folder / "text_encoder.safetensors")
+        model.save_network(Judges(), folder / "judges.safetensors")
+    (folder / "loras").mkdir()
+    for seed, name in enumerate((PAIR.subject, PAIR.style)):
+        save_file(attention_lora(unet, 8, seed), folder / "loras" / f"{name}.safetensors")
+    write_oracles({pair.name: attention_lora(unet, 4, seed) for seed, pair in enumerate(TUNING[:2], 9)}, folder)
+    write_clip(folder / "clip", size=64)
+    write_dino(folder / "dino", size=64)
+    return folder
+
+
+@pytest.fixture
+def setup(weights, tmp_path):
+    return Setup(weights, tmp_path / "references", shipped_judge, SEEDS, STEPS)
+
+
+@pytest.fixture(scope="module")
+def studio(weights, tmp_path_factory):
+    return Studio(Setup(weights, tmp_path_factory.mktemp("references"), shipped_judge, SEEDS, STEPS))
+
+
+def made_of(studio, row):
+    return studio.make(Task(PAIR, row, shown=len(SEEDS)))
+
+
+def test_every_row_is_made_and_judged(studio):
+    outcomes = {name: made_of(studio, row) for name, row in ROW.items()}
+    for outcome in outcomes.values():
+        assert outcome.pictures.shape == (len(SEEDS), 64, 64, 3)
+        assert outcome.seconds > 0
+        for scores in (outcome.subject, outcome.style, outcome.intact):
+            assert scores.shape == (len(SEEDS),)
+            assert ((scores >= 0) & (scores <= 1)).all()
+    assert {name for name, outcome in outcomes.items() if outcome.diagnosis} == {"selection", "both"}
+    different = {outcome.pictures.tobytes() for outcome in outcomes.values()}
+    assert len(different) == len(outcomes)
+
+
+def test_the_base_row_is_the_pipeline_alone(studio, weights):
+    pipeline = model.load_pipeline(weights)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    images = pipeline(
+        PAIR.prompt, num_images_per_prompt=len(SEEDS), num_inference_steps=STEPS, guidance_scale=5.0, generator=generators
+    ).images
+    np.testing.assert_array_equal(made_of(studio, ROW["base model"]).pictures, np.stack([np.asarray(image) for image in images]))
+
+
+def test_an_oracle_is_read_out_of_the_common_file(weights):
+    for seed, pair in enumerate(TUNING[:2], 9):
+        tensors = attention_lora(model.new_unet(), 4, seed)
+        oracle = read_oracle(weights, pair.name)
+        assert len(oracle.denoiser) == sum(key.endswith("up.weight") for key in tensors)
+        for layer, branch in oracle.denoiser.items():
+            up, down = (tensors[f"lora_unet_{layer}.lora_{way}.weight"].half().float() for way in ("up", "down"))
+            torch.testing.assert_close(branch.delta_weight(), up @ down)
+    with pytest.raises(KeyError, match=TUNING[3].name):
+        read_oracle(weights, TUNING[3].name)
+
+
+def test_a_random_choice_uses_one_lora_in_each_layer_of_each_picture(weights):
+    """Against the same network with that LoRA merged into each layer's weight."""
+    unet = model.load_network(model.new_unet(), weights / "unet.safetensors")
+    files = [weights / "loras" / f"{name}.safetensors" for name in (PAIR.subject, PAIR.style)]
+    tensors, loras = [load_file(file) for file in files], [read_lora(file) for file in files]
+    generator = torch.Generator().manual_seed(1)
+    latent, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, model.TEXT_WIDTH, generator=generator)
+    session = FusionSession(unet, *loras, FuseSettings(), rule=RandomChoice(PAIR, SEEDS))
+    with torch.no_grad(), session.attached(Rows((0, 1), (True, True), 2)):
+        fused = unet(latent, 500, text).sample
+    tables = []
+    for image in range(len(SEEDS)):
+        merged = copy.deepcopy(unet)
+        table = {site.layer: bool(random_choice(PAIR, SEEDS, site)[image]) for site in (layer.sites[0].site for layer in session.layers)}
+        for name, of_subject in table.items():
+            key, side = f"lora_unet_{name.replace('.', '_')}", tensors[0 if of_subject else 1]
+            merged.get_submodule(name).weight.data += side[f"{key}.lora_up.weight"] @ side[f"{key}.lora_down.weight"]
+        with torch.no_grad():
+            expected = merged(latent[image : image + 1], 500, text[image : image + 1]).sample
+        torch.testing.assert_close(fused[image : image + 1], expected, rtol=1e-3, atol=1e-4)
+        tables.append(table)
+    assert tables[0] != tables[1]
+    assert all(0.3 < np.mean(list(table.values())) < 0.7 for table in tables)
+
+
+def test_a_coin_between_a_lora_and_nothing_leaves_the_base_model_where_the_lora_lost(weights, studio):
+    outcome = made_of(studio, row_of("random style_weight=0", "tried"))
+    pipeline = model.load_pipeline(weights)
+    tensors = load_file(weights / "loras" / f"{PAIR.subject}.safetensors")
+    for name, module in pipeline.unet.named_modules():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        if f"{key}.lora_up.weight" in tensors and bool(random_choice(PAIR, SEEDS, Site(name))[0]):
+            module.weight.data += tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
+    generator = torch.Generator().manual_seed(SEEDS[0])
+    image = pipeline(PAIR.prompt, num_inference_steps=STEPS, guidance_scale=5.0, generator=generator).images[0]
+    difference = np.abs(outcome.pictures[0].astype(int) - np.asarray(image))
+    assert difference.max() <= 1
+
+
+def test_a_random_choice_is_the_same_every_time_and_another_for_another_pair():
+    site, seeds = Site("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"), tuple(range(64))
+    assert torch.equal(random_choice(PAIR, seeds, site), random_choice(PAIR, seeds, site))
+    assert not torch.equal(random_choice(PAIR, seeds, site), random_choice(TUNING[1], seeds, site))
+
+
+def test_rows_that_choose_on_their_own_are_the_products_and_both_are_in_the_trace(studio, weights):
+    outcome = made_of(studio, row_of("selection granularity=row", "tried"))
+    loras = [read_lora(weights / "loras" / f"{name}.safetensors") for name in (PAIR.subject, PAIR.style)]
+    product = FusedPipeline(model.load_pipeline(weights), *loras, FuseSettings(granularity="row"))
+    images = product(PAIR.prompt, seeds=SEEDS, steps=STEPS, cfg_scale=5.0)
+    np.testing.assert_array_equal(outcome.pictures, np.stack([np.asarray(image) for image in images.images]))
+    assert outcome.diagnosis.share == pytest.approx(images.trace.subject_share())
+    assert 0 < outcome.diagnosis.agreement < 1
+
+
+def test_the_time_of_a_row_is_without_its_references(weights, tmp_path, monkeypatch):
+    """On a clock that a denoising step moves on by one second; at first the references are made, then they are there."""
+    steps: list[None] = []
+    monkeypatch.setattr(time, "process_time", lambda: float(len(steps)))
+    fresh = Studio(Setup(weights, tmp_path / "references", shipped_judge, SEEDS, STEPS), lambda: steps.append(None))
+    first, second = (fresh.make(Task(PAIR, ROW["guidance"], 1)) for _ in range(2))
+    assert len(steps) == 4 * STEPS
+    assert len(list((tmp_path / "references").glob("*.png"))) == 2
+    assert first.seconds == second.seconds == STEPS / len(SEEDS)
+    np.testing.assert_array_equal(first.pictures, second.pictures)
+
+
+def test_the_numbers_are_the_same_on_any_number_of_processes(setup):
+    work = tasks([PAIR], [ROW["direct"], ROW["selection"], ROW["guidance"]])
+    for alone, together in zip(made(work, setup, 1), made(work, setup, 2), strict=True):
+        assert (alone.pair, alone.row) == (together.pair, together.row)
+        for name in ("subject", "style", "intact", "pictures"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(together, name))
+        assert alone.diagnosis == together.diagnosis
+
+
+def test_an_exception_between_steps_ends_the_work(setup):
+    class Enough(Exception):
+        pass
+
+    def on_step():
+        raise Enough
+
+    studio = Studio(setup, on_step)
+    for row in (ROW["base model"], ROW["direct"], ROW["guidance"]):
+        with pytest.raises(Enough):
+            studio.make(Task(PAIR, row))
+
+
+def test_a_missing_file_is_told_by_the_process_that_missed_it(tmp_path):
+    work = tasks([PAIR], [ROW["direct"], ROW["selection"]])
+    with pytest.raises(OSError, match="vae"):
+        made(work, Setup(tmp_path, tmp_path, shipped_judge, SEEDS, STEPS), 2)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The command, with fewer steps."""
+    from dynfuse_world.benchmark import command
+
+    monkeypatch.setattr(command, "Setup", lambda *values: Setup(*values, steps=STEPS))
+    return benchmark.main
+
+
+def test_the_command_prints_the_table_and_writes_pictures(short, weights, tmp_path, capsys):
+    base = ["--weights", str(weights), "--workers", "1", "--pairs", PAIR.name, "--seeds", "2"]
+    assert short([*base, "--only", "direct", "--only", "selection", "--try", "selection bias=2", "--pictures", str(tmp_path / "new")]) == 0
+    printed = capsys.readouterr().out
+    assert "| selection bias=2 " in printed
+    assert "Tuning pairs: 1 × 2 pictures a row" in printed
+    assert "Reported" not in printed
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"tuning-bars.svg", "tuning-plane.svg"}
+
+
+def test_the_command_prints_json(short, weights, capsys):
+    assert short(["--json", "--weights", str(weights), "--workers", "1", "--pairs", PAIR.name, "--seeds", "2", "--only", "direct"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["row"] for row in result["tuning"]] == ["direct"]
+    assert result["reported"] == []
+    assert len(result["pictures"][0]["subject"]) == 2
+    assert result["run"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--only", "fusion"], ["--try", "fusion"], ["--pairs", "zib-flat"], ["--pairs", "reported", "--only", "sweep"]]
+)
+def test_what_the_command_cannot_do_it_says_in_a_sentence(wrong, capsys):
+    assert benchmark.main(wrong) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

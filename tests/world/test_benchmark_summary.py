@@ -1,0 +1,117 @@
+"""From outcomes to the table and the pictures, without making any."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynfuse_world.benchmark.diagnosis import Diagnosis
+from dynfuse_world.benchmark.methods import ROWS
+from dynfuse_world.benchmark.pictures import bars, plane, sheet, write_pictures
+from dynfuse_world.benchmark.protocol import REPORTED
+from dynfuse_world.benchmark.summary import OF_MEANS, as_json, summaries
+from dynfuse_world.benchmark.table import diagnosis_table, scores_table
+from dynfuse_world.benchmark.work import Outcome
+
+PAIRS = REPORTED[:3]
+SEEDS = 6
+NAMES = ("direct", "selection", "oracle")
+CHOSEN = [row for row in ROWS if row.name in NAMES]
+
+
+def outcome(pair, row, *, better=0.0, shown=0):
+    """The same noise in every row."""
+    rng = np.random.default_rng([*pair.name.encode()])
+    subject, style, intact = np.clip(rng.uniform(0.2, 0.6, (3, SEEDS)) + better, 0, 1)
+    pictures = rng.integers(0, 256, (shown, 8, 8, 3), dtype=np.uint8)
+    found = Diagnosis(0.25, {"self q": 0.5}, {"mid": 0.125}, [0.25], 0.1, 0.5) if row == "selection" else None
+    return Outcome(pair, row, subject, style, intact, 0.5, pictures, found)
+
+
+OUTCOMES = [
+    outcome(pair, row, better=better, shown=2) for pair in PAIRS for row, better in (("direct", 0.0), ("selection", 0.1), ("oracle", 0.3))
+]
+
+
+@pytest.fixture
+def found():
+    return summaries(OUTCOMES, ROWS, PAIRS)
+
+
+def test_rows_that_were_made_are_summed_up_in_the_tables_order(found):
+    assert [summary.row.name for summary in found] == list(NAMES)
+
+
+def test_a_row_that_lacks_a_pair_is_left_out():
+    assert [summary.row.name for summary in summaries(OUTCOMES[:-1], ROWS, PAIRS)] == ["direct", "selection"]
+    assert summaries([], ROWS, PAIRS) == []
+
+
+def test_means_are_of_each_picture_and_of_each_pair(found):
+    direct = [outcome for outcome in OUTCOMES if outcome.row == "direct"]
+    subject, style = (np.stack([getattr(o, name) for o in direct]) for name in ("subject", "style"))
+    means = found[0].means
+    assert means["subject"].mean == pytest.approx(subject.mean())
+    assert means["harmonic mean"].mean == pytest.approx((2 / (1 / subject + 1 / style)).mean())
+    assert means[OF_MEANS].mean == pytest.approx((2 / (1 / subject.mean(1) + 1 / style.mean(1))).mean())
+    assert found[0].by_pair[PAIRS[1].name]["style"] == pytest.approx(style[1].mean())
+
+
+def test_differences_are_those_of_the_same_pictures(found):
+    assert found[0].differences is None
+    difference = found[1].differences["subject"]
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_there_are_no_differences_without_direct():
+    alone = summaries([outcome for outcome in OUTCOMES if outcome.row != "direct"], ROWS, PAIRS)
+    assert all(summary.differences is None for summary in alone)
+    assert "to direct" in scores_table(alone)
+
+
+def test_the_table_is_markdown_with_a_line_for_each_row(found):
+    lines = scores_table(found).split("\n")
+    assert len(lines) == 2 + len(NAMES)
+    assert len({line.count("|") for line in lines}) == 1
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(NAMES)
+    assert "**+0.1" in lines[3]
+
+
+def test_only_rows_that_choose_are_diagnosed(found):
+    table = diagnosis_table(found)
+    assert "0.25" in table
+    assert "0.12" in table
+    assert "oracle" not in table
+    assert diagnosis_table([found[0]]) == ""
+
+
+def test_a_summary_is_json(found):
+    read = json.loads(json.dumps([as_json(summary) for summary in found]))
+    assert read[1]["means"]["subject"][0] == pytest.approx(read[0]["means"]["subject"][0] + 0.1)
+    assert read[1]["diagnosis"]["loudness"] == 0.5
+
+
+def test_a_sheet_shows_every_picture_enlarged_in_its_row():
+    rows = [("direct", OUTCOMES[0].pictures), ("selection with a label of many words", OUTCOMES[1].pictures)]
+    picture = np.asarray(sheet("a prompt", rows))
+    for _, pictures in rows:
+        for pixels in pictures:
+            large = pixels.repeat(2, 0).repeat(2, 1)
+            places = np.lib.stride_tricks.sliding_window_view(picture, large.shape)[:, :, 0]
+            assert (places == large).all((2, 3, 4)).any()
+
+
+@pytest.mark.parametrize("figure", [bars, plane])
+def test_figures_are_svg_and_name_every_row(figure, found):
+    root = ElementTree.fromstring(figure(found))
+    words = " ".join(element.text or "" for element in root.iter() if element.tag.endswith("text"))
+    assert all(name in words for name in NAMES)
+
+
+def test_pictures_are_written_for_the_pairs_that_have_some(tmp_path, found):
+    written = write_pictures(tmp_path / "new", OUTCOMES, CHOSEN, found, [])
+    assert [path.name for path in written] == [f"{pair.name}.png" for pair in PAIRS] + ["reported-bars.svg", "reported-plane.svg"]
+    assert all(path.is_file() for path in written)
+    assert Image.open(written[0]).mode == "RGB"

@@ -1,0 +1,157 @@
+"""What the shipped networks draw, made through the product: judged by the judges, and against the formulas in float64."""
+
+# ruff: noqa: E402 (what needs diffusers comes after the skip)
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("diffusers", reason="the world's model is a diffusers pipeline")
+
+from dynfuse_world.benchmark.protocol import TUNING
+from dynfuse_world.captions import caption, name_of
+from dynfuse_world.check import generated
+from dynfuse_world.judges import SUBJECT_NAMES, load_judges
+from dynfuse_world.model import WEIGHTS, load_pipeline
+from dynfuse_world.oracles import read_oracle
+from dynfuse_world.painter import CLASSES, HELD_OUT_STYLES, STYLES, SUBJECTS
+from dynfuse_world.training.pictures import HELD_OUT_PAIRS
+from lib_dynfuse import FuseSettings, read_lora
+from lib_dynfuse.hosts.diffusers import FusedPipeline
+
+PAIR = TUNING[0]
+STEPS, CFG_SCALE = 10, 5.0
+SEEDS = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline(WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return load_judges(WEIGHTS / "judges.safetensors")
+
+
+def lora_path(name):
+    return WEIGHTS / "loras" / f"{name}.safetensors"
+
+
+def floats(images):
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def fused(pipeline, pair, settings, prompt, seeds=SEEDS):
+    loras = [read_lora(lora_path(name)) for name in pair]
+    return FusedPipeline(pipeline, *loras, settings)(prompt, seeds=seeds, steps=STEPS, cfg_scale=CFG_SCALE)
+
+
+def test_the_base_model_draws_what_it_is_asked_for_also_pairs_that_it_never_saw(pipeline, judges):
+    pairs = [*sorted(HELD_OUT_PAIRS), *((what, style) for what in CLASSES for style in STYLES)][::5]
+    scores = judges.scores(floats(generated(pipeline, [caption(*pair) for pair in pairs])))
+    right = [scores.subject(what)[place] > 0.5 and scores.style(style)[place] > 0.5 for place, (what, style) in enumerate(pairs)]
+    assert sum(right) >= 0.9 * len(pairs)
+
+
+@pytest.mark.parametrize("name", [*SUBJECTS, *HELD_OUT_STYLES])
+def test_a_lora_alone_brings_what_the_base_model_does_not_know(name, pipeline, judges):
+    if name in SUBJECTS:
+        pair, off, prompt = (name, "blueprint"), "style_weight", caption(name_of(name), "flat")
+    else:
+        pair, off, prompt = ("zib", name), "subject_weight", caption("fish", name)
+
+    def mean(settings):
+        scores = judges.scores(floats(fused(pipeline, pair, settings, prompt, range(6)).images))
+        return float((scores.subject(name) if name in SUBJECTS else scores.style(name)).mean())
+
+    without = mean(FuseSettings(method="direct", subject_weight=0.0, style_weight=0.0))
+    alone = mean(FuseSettings(method="direct", **{off: 0.0}))
+    assert without < 0.15
+    assert alone > without + 0.2
+
+
+def test_the_oracle_draws_the_pair_better_than_chance(pipeline, judges):
+    oracle = read_oracle(WEIGHTS, PAIR.name)
+    other = read_lora(lora_path(PAIR.style))
+    fusion = FusedPipeline(pipeline, oracle, other, FuseSettings(method="direct", style_weight=0.0))
+    scores = judges.scores(floats(fusion(PAIR.prompt, seeds=range(6), steps=STEPS, cfg_scale=CFG_SCALE).images))
+    assert scores.subject(PAIR.subject).mean() > 3 / len(SUBJECT_NAMES)
+    assert scores.style(PAIR.style).mean() > 0.5
+
+
+def change(name, layer):
+    """alpha / rank up down, in float64."""
+    tensors = load_file(lora_path(name))
+    key = f"lora_unet_{layer.replace('.', '_')}"
+    up, down = (tensors[f"{key}.lora_{way}.weight"].double() for way in ("up", "down"))
+    return tensors[f"{key}.alpha"].double() / len(down) * up @ down
+
+
+def adapted(unet):
+    keys = {key.split(".")[0] for key in load_file(lora_path(PAIR.subject))}
+    layers = {name: module for name, module in unet.named_modules() if f"lora_unet_{name.replace('.', '_')}" in keys}
+    assert len(layers) == len(keys)
+    return layers
+
+
+def plain_pictures(pipeline):
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+    return pipeline(
+        PAIR.prompt, num_images_per_prompt=len(SEEDS), num_inference_steps=STEPS, guidance_scale=CFG_SCALE, generator=generators
+    ).images
+
+
+def assert_same_pictures(images, expected):
+    """Within two of 255: rounding in float32 along the steps."""
+    difference = (floats(images) - floats(expected)).abs().amax((1, 2, 3)) * 127.5
+    assert (difference <= 2.01).all(), difference
+
+
+def test_the_direct_sum_is_both_loras_merged(pipeline):
+    merged = copy.deepcopy(pipeline)
+    for layer, module in adapted(merged.unet).items():
+        module.weight.data = (module.weight.double() + 0.9 * change(PAIR.subject, layer) + 1.1 * change(PAIR.style, layer)).float()
+    settings = FuseSettings(method="direct", subject_weight=0.9, style_weight=1.1)
+    images = fused(pipeline, (PAIR.subject, PAIR.style), settings, PAIR.prompt).images
+    assert_same_pictures(images, plain_pictures(merged))
+    assert (floats(images) - floats(plain_pictures(pipeline))).abs().mean() > 0.05
+
+
+def test_the_selection_is_the_papers_formula_written_out(pipeline):
+    """Eq. 11 to 13 in float64 in each layer, on features and LoRAs that were trained, through all steps."""
+    literal = copy.deepcopy(pipeline)
+    decisions = []
+    for layer, module in adapted(literal.unet).items():
+        module.forward = written_out(module, change(PAIR.subject, layer), change(PAIR.style, layer), decisions)
+    expected = plain_pictures(literal)
+    made = fused(pipeline, (PAIR.subject, PAIR.style), FuseSettings(), PAIR.prompt)
+    assert_same_pictures(made.images, expected)
+    share = torch.stack(decisions).double().mean()
+    assert 0.2 < share < 0.8
+    assert made.trace.subject_share() == pytest.approx(float(share), abs=1e-3)
+
+
+def written_out(module, subject, style, decisions):
+    """A linear layer's forward that chooses; rows: the negative prompt's of all images, then the prompt's."""
+    weight, bias = module.weight.double(), 0 if module.bias is None else module.bias.double()
+
+    def forward(h):
+        rows = h.double()
+        base = rows @ weight.T + bias
+        changes = [rows @ delta.T for delta in (subject, style)]
+        log_p = base.log_softmax(-1)
+        divergences = []
+        for delta in changes:
+            log_q = (base + delta).log_softmax(-1)
+            divergences.append((log_q.exp() * (log_q - log_p)).sum(-1).mean(-1).chunk(2)[1])
+        chosen = divergences[0] >= divergences[1]
+        decisions.append(chosen)
+        return (base + torch.where(chosen.repeat(2)[:, None, None], *changes)).to(h.dtype)
+
+    return forward
