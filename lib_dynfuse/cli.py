@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from .guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderS
 from .home import VARIABLE, encoders_folder, references_folder
 from .lora import LoraError
 from .settings import (
+    LORA_FIELDS,
     PRESET,
     PRESETS,
     FuseSettings,
@@ -32,12 +34,10 @@ from .settings import (
     parse_value,
     preset_values,
 )
+from .strength import SCHEDULE_EXAMPLE
 
 PROGRAM = "python -m lib_dynfuse"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# The two LoRAs are files on the command line; their names come from them.
-_FILE_FIELDS = ("subject", "style")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +86,11 @@ def _refused(sentence: str) -> int:
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, without the usage in front of it."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # A weight over the steps that begins below zero is a value too: -0.5@0,1@1.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
     def error(self, message: str) -> NoReturn:
         print(f"{message[:1].upper()}{message[1:]} (see {self.prog} --help).", file=sys.stderr)
         raise SystemExit(2)
@@ -132,12 +137,14 @@ def _add_generate(commands: Any) -> None:
         "Stable Diffusion 1.x, 2.x, SDXL or Flux")  # fmt: skip
     add("--config", type=Path, metavar="DIR", help="for a checkpoint: pipeline folder of the same base model, for its configuration and "
         "tokenizers (for Flux: all but the transformer); without it they come from diffusers' cache or are downloaded")  # fmt: skip
-    add("--subject", required=True, type=Path, metavar="A", help="LoRA file of the character, creature or thing to show")
-    add("--style", required=True, type=Path, metavar="B", help="LoRA file of the way it is drawn")
+    add("--subject", required=True, type=Path, nargs="+", metavar="A", help="LoRA file of the character, creature or thing to show; "
+        "several are fused together")  # fmt: skip
+    add("--style", required=True, type=Path, nargs="+", metavar="B", help="LoRA file of the way it is drawn; several are fused together")
     add("--prompt", required=True, metavar="P", help="what to make")
     add("--negative-prompt", default="", metavar="P", help="what to avoid")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the images; it is made if it is missing")
-    add("--weights", nargs=2, metavar=("A", "B"), help="subject weight and style weight at once")
+    add("--weights", nargs=2, metavar=("A", "B"), help="subject weight and style weight at once: a number, points "
+        f"over the steps ({SCHEDULE_EXAMPLE}), or one each for several LoRAs (1+0.5)")  # fmt: skip
     add("--steps", type=_whole(1), default=30, metavar="N", help="denoising steps (default: 30)")
     add("--cfg", type=_number, metavar="X", help="CFG scale; for Flux the distilled guidance (default: the pipeline's own)")
     add("--size", type=_size, metavar="WxH", help="width and height in pixels, such as 768x512 (default: the model's own)")
@@ -152,7 +159,7 @@ def _add_generate(commands: Any) -> None:
     fusion.add_argument(f"--{PRESET}", choices=tuple(PRESETS), help="many settings at once, which those given by name change; paper: "
         "those of the paper's experiments, with guidance: much slower")  # fmt: skip
     for name in field_types():
-        if name not in _FILE_FIELDS:
+        if name not in LORA_FIELDS:  # files here; their names come from them
             _add_setting(fusion, name)
     _add_guidance_files(generate.add_argument_group("encoders and references of the guidance"))
     generate.set_defaults(run=_generate)
@@ -259,8 +266,8 @@ def _generate(options: argparse.Namespace) -> int:
     return generate.run(
         generate.Request(
             model=options.model,
-            subject=options.subject,
-            style=options.style,
+            subjects=options.subject,
+            styles=options.style,
             prompt=options.prompt,
             settings=settings,
             out=options.out,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from .guidance.references import ReferenceCache
 from .guidance.weights import EncoderError, EncoderSources
 from .home import encoders_folder, references_folder
 from .lora import LoraFile, compatible, read_lora
-from .settings import FuseSettings
+from .settings import FuseSettings, SettingsError, join_names
 from .text import infotext
 
 if TYPE_CHECKING:  # imports diffusers, which is not everywhere
@@ -32,7 +33,7 @@ if TYPE_CHECKING:  # imports diffusers, which is not everywhere
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate. model, config: as load_pipeline takes them. subject, style: paths of LoRA files.
+    """What to generate. model, config: as load_pipeline takes them. subjects, styles: paths of LoRA files.
 
     size: width and height in pixels, None for the model's own. cfg_scale: None for the pipeline's default. seed: of the first
     image, the next one's is one higher; -1 for a random one. batch: images made at once. dtype: None for the device's best. encoders,
@@ -40,8 +41,8 @@ class Request:
     """
 
     model: Path
-    subject: Path
-    style: Path
+    subjects: Sequence[Path]
+    styles: Sequence[Path]
     prompt: str
     settings: FuseSettings
     out: Path
@@ -66,9 +67,12 @@ def run(request: Request) -> int:
 
     Raises LoraError, FusionError, PipelineError, EncoderError, SettingsError or OSError with a sentence for the user.
     """
-    subject, style = read_lora(request.subject), read_lora(request.style)
-    if reason := compatible(subject, style):  # before gigabytes are loaded
-        raise FusionError(reason)
+    subjects, styles = [read_lora(path) for path in request.subjects], [read_lora(path) for path in request.styles]
+    files = [*subjects, *styles]
+    settings = _named(request.settings, subjects, styles)
+    for one, other in itertools.combinations(files, 2):  # before gigabytes are loaded
+        if reason := compatible(one, other):
+            raise FusionError(reason)
     encoders = _encoders(request)
     request.out.mkdir(parents=True, exist_ok=True)
 
@@ -78,12 +82,11 @@ def run(request: Request) -> int:
     pipeline = load_pipeline(request.model, device=request.device, dtype=request.dtype, config=request.config)
     first = request.seed if request.seed >= 0 else secrets.randbelow(2**32 - request.images)
     seeds = list(range(first, first + request.images))
-    settings = replace(request.settings, subject=subject.name, style=style.name)
     if settings.guidance and settings.reference_seed < 0:
         # One pair of references for all images; each image's settings name their seed, so that it can be made again alone.
         settings = replace(settings, reference_seed=first)
     sources = GuidanceSources(encoders, request.cache, taesd, request.go_on_without_encoders)
-    fused = FusedPipeline(pipeline, subject, style, settings, sources)
+    fused = FusedPipeline(pipeline, subjects, styles, settings, sources)
     width, height = request.size or (None, None)
     notes: dict[str, None] = {}
     with tqdm(total=request.steps * -(-len(seeds) // request.batch), unit="step") as bar, _Bars() as bars:
@@ -105,16 +108,29 @@ def run(request: Request) -> int:
             used = settings if made.guidance is not None or not settings.m else replace(settings, guidance=False)
             for position, (seed, image) in enumerate(zip(batch, made.images, strict=True)):
                 path = next_path(request.out, seed)
-                fields = infotext_fields(request, used, pipeline, seed, image.size, (subject, style))
+                fields = infotext_fields(request, used, pipeline, seed, image.size, files)
                 information = PngInfo()
                 information.add_text("parameters", format_infotext(request.prompt, request.negative_prompt, fields))
                 image.save(path, pnginfo=information)
                 with tqdm.external_write_mode():
                     print(path)
-                _save_beside(path, made, position, (subject.name, style.name), with_references=seed == first)
+                _save_beside(path, made, position, with_references=seed == first)
     for note in notes:
         print(f"Note: {note}", file=sys.stderr)
     return 0
+
+
+def _named(settings: FuseSettings, subjects: Sequence[LoraFile], styles: Sequence[LoraFile]) -> FuseSettings:
+    """The settings with the files' names. Raises SettingsError for a file given twice, and where weights do not go with the files."""
+    paths = [file.path.resolve() for file in (*subjects, *styles)]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise SettingsError(f"{path.name} is given twice; name different LoRAs.")
+    names = {"subject": join_names(file.name for file in subjects), "style": join_names(file.name for file in styles)}
+    try:
+        return replace(settings, **names)  # type: ignore[arg-type]
+    except SettingsError as error:
+        raise SettingsError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
 
 
 def _encoders(request: Request) -> EncoderSources | Encoders:
@@ -131,14 +147,14 @@ def _encoders(request: Request) -> EncoderSources | Encoders:
     return request.encoders
 
 
-def _save_beside(path: Path, made: FusedImages, image: int, names: tuple[str, str], *, with_references: bool) -> None:
+def _save_beside(path: Path, made: FusedImages, image: int, *, with_references: bool) -> None:
     """The selection map, the curve of the similarities and the references, under the image's name."""
 
     def beside(what: str) -> Path:
         return path.with_name(f"{path.stem}-dynfuse{what}.png")
 
     if made.trace.decided.any():
-        selection_map.draw(made.trace.of_image(image), *names).save(beside(""))
+        selection_map.draw(made.trace.of_image(image)).save(beside(""))
     if made.guidance is not None and made.guidance.steps:
         curve.draw(replace(made.guidance, similarities=made.guidance.similarities[:, :, image : image + 1])).save(beside("-curve"))
     for reference in made.references if with_references else ():
@@ -146,7 +162,7 @@ def _save_beside(path: Path, made: FusedImages, image: int, names: tuple[str, st
 
 
 def infotext_fields(
-    request: Request, settings: FuseSettings, pipeline: Any, seed: int, size: tuple[int, int], files: tuple[LoraFile, LoraFile]
+    request: Request, settings: FuseSettings, pipeline: Any, seed: int, size: tuple[int, int], files: Sequence[LoraFile]
 ) -> dict[str, str]:
     """The entries of an image's infotext, named as a WebUI names them, so that pasting the image there restores the panel."""
     scale = pipeline.guidance_scale

@@ -65,7 +65,9 @@ def _weights(name: str, value: Any) -> float | str:
 
 
 def _hires(name: str, value: Any) -> str:
-    """Texts of both sides with "/" between; an empty one: as in the first pass."""
+    """Texts of both sides with "/" between; an empty one: as in the first pass. A number is the subject's."""
+    if isinstance(value, (int, float)):
+        return format_value(_number(name, float, value))
     sides = _text(name, value).split("/")
     if len(sides) > 2:
         raise SettingsError(f"{name} must be the subject's weight, or SUBJECT/STYLE, not {value!r}")
@@ -126,14 +128,14 @@ class FuseSettings:
 
     subject: str = setting(
         "",
-        "Subject LoRA",
-        "The LoRA of the character, creature or thing to show; several can be picked. In a tag they are joined by +: dog+hat.",
+        "Subject LoRAs",
+        "The LoRA of the character, creature or thing to show. Pick another to add it; in a tag several are joined by +: dog+hat.",
         canonical=_names,
     )
     style: str = setting(
         "",
-        "Style LoRA",
-        "The LoRA of the way it is drawn; several can be picked. In a tag they are joined by +: watercolor+ink.",
+        "Style LoRAs",
+        "The LoRA of the way it is drawn. Pick another to add it; in a tag several are joined by +: watercolor+ink.",
         canonical=_names,
     )
     subject_weight: float | str = setting(
@@ -331,15 +333,15 @@ class FuseSettings:
     subject_blocks: str = setting(
         "",
         "Subject block weights",
-        f"Factors on the subject LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20 or 26 numbers that "
-        "block weights are often written as, or a preset's name. Empty: 1 everywhere.",
+        f"Factors on the subject LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20, 26 or 61 numbers "
+        "that block weights are often written as, or a preset's name. Empty: 1 everywhere.",
         canonical=_blocks,
     )
     style_blocks: str = setting(
         "",
         "Style block weights",
-        f"Factors on the style LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20 or 26 numbers that "
-        "block weights are often written as, or a preset's name. Empty: 1 everywhere.",
+        f"Factors on the style LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20, 26 or 61 numbers "
+        "that block weights are often written as, or a preset's name. Empty: 1 everywhere.",
         canonical=_blocks,
     )
     decide: str = setting(
@@ -372,8 +374,10 @@ class FuseSettings:
         for side in LORA_FIELDS:
             self._schedules(side)
             self._block_texts(side)
-        if self.hr:
+        try:
             self.for_hires()
+        except SettingsError as error:
+            raise SettingsError(f"hr: {error}") from None
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -409,7 +413,7 @@ class FuseSettings:
         """The settings of the hires pass: hr, where it is given, takes the weights' place."""
         weights = zip(LORA_FIELDS, self.hr.split("/"), strict=False)
         given = {f"{side}_weight": text for side, text in weights if text}
-        return dataclasses.replace(self, **given, hr="")  # type: ignore[arg-type]
+        return dataclasses.replace(self, **given, hr="") if given else self  # type: ignore[arg-type]
 
     def _schedules(self, side: str) -> tuple[Schedule, ...]:
         value = getattr(self, f"{side}_weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lib_dynfuse import FuseSettings, SettingsError, cli
-from lib_dynfuse.settings import field_metadata, field_types, format_value
+from lib_dynfuse.settings import METHODS, field_metadata, field_types, format_value
 from lib_dynfuse.text import infotext
 from tests.text.host_infotext import parse_infotext_line
 
@@ -43,9 +44,21 @@ def settings_of(*options):
 
 
 def another_value(name):
+    if name in TEXTS:
+        return TEXTS[name]
     if choices := field_metadata(name)["choices"]:
         return choices[-1]
     return {bool: True, int: 3, float: 0.25, str: "a small dog"}[field_types()[name]]
+
+
+# In their shortest form, as the settings keep them.
+TEXTS = {
+    "subject_weight": "-0.5@0,1@5",
+    "style_weight": "1+0.5",
+    "hr": "0.7/1",
+    "subject_blocks": "in4-in8=0.5,out3=0",
+    "style_blocks": "1,0,0,0,0,0,0,0,0,0,0,1",
+}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +89,23 @@ def test_weights_are_the_subjects_and_the_styles():
     assert settings_of("--weights", "0.9", "-1") == FuseSettings(subject_weight=0.9, style_weight=-1.0)
 
 
+def test_weights_may_be_points_over_the_steps_or_one_each():
+    assert settings_of("--weights", "-1@0,1@0.5", "1+0.5") == FuseSettings(subject_weight="-1@0,1@0.5", style_weight="1+0.5")
+
+
+def test_a_method_that_is_registered_later_is_an_option(capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "halves", "each LoRA at half its weight")
+    assert settings_of("--method", "halves").method == "halves"
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    assert "halves: each LoRA at half its weight." in " ".join(capsys.readouterr().out.split())
+
+
+def test_several_files_may_be_given_on_each_side():
+    options = cli._parser().parse_args(["generate", "--model", "m", "--prompt", "p", "--out", "o", "--style", "c", "--subject", "a", "b"])
+    assert (options.subject, options.style) == ([Path("a"), Path("b")], [Path("c")])
+
+
 def test_the_help_explains_every_setting_and_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", "--help"])
@@ -96,6 +126,11 @@ def test_the_help_explains_every_setting_and_command(capsys):
         (["--criterion", "mse"], ["--criterion", "kl, js, cosine, dot", "'mse'"]),
         (["--bias", "-1"], ["--bias", "at least 0"]),
         (["--weights", "1", "much"], ["--weights", "number", "'much'"]),
+        (["--weights", "1@2.5,0@0", "1"], ["--weights", "whole number of a step"]),
+        (["--style-blocks", "1,2,3"], ["--style-blocks", "12, 17, 20, 26 or 61 numbers", "not 3"]),
+        (["--hr", "1/1/1"], ["--hr", "SUBJECT/STYLE"]),
+        (["--decide", "later"], ["--decide", "next, now"]),
+        (["--vote-tokens", "-1"], ["--vote-tokens", "at least 0"]),
         (["--te-weight", "nan"], ["--te-weight", "finite"]),
         (["--size", "big"], ["--size", "768x512"]),
         (["--size", "513x512"], ["--size", "multiples of 8"]),
@@ -135,6 +170,21 @@ def test_loras_of_different_base_models_are_refused_before_the_model_is_loaded(c
         save_file(tensors, tmp_path / f"{name}.safetensors")
     sentence = refused(capsys, *generate(subject=tmp_path / "sd.safetensors", style=tmp_path / "sdxl.safetensors"))
     assert "SDXL" in sentence
+
+
+def write_lora(path, layer="input_blocks_1_1"):
+    key = f"lora_unet_{layer}_transformer_blocks_0_attn2_to_k"
+    save_file({f"{key}.lora_down.weight": torch.ones(4, 768), f"{key}.lora_up.weight": torch.ones(320, 4)}, path)
+    return str(path)
+
+
+def test_a_file_given_twice_and_weights_for_other_numbers_of_files_are_refused_before_the_model_is_loaded(capsys, tmp_path):
+    dog, hat, ink = (write_lora(tmp_path / f"{name}.safetensors") for name in ("dog", "hat", "ink"))
+    base = ["generate", "--model", "nowhere", "--prompt", "p", "--out", str(tmp_path / "out")]
+    assert "dog.safetensors is given twice" in refused(capsys, *base, "--subject", dog, hat, "--style", dog)
+    sentence = refused(capsys, *base, "--subject", dog, hat, "--style", ink, "--weights", "1+1+1", "1")
+    assert sentence == "Subject_weight has 3 parts for 2 LoRAs; give one for all of them, or one each with + between.\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect_prints_a_report_and_refuses_in_a_sentence(capsys, tmp_path):
@@ -247,14 +297,25 @@ def test_the_same_seed_gives_the_same_picture_alone_or_in_a_batch_and_nothing_is
     assert len(list(tmp_path.glob("*.png"))) == 6
 
 
-def test_direct_has_no_choices_and_so_no_map(tiny, tmp_path):
+def test_every_method_has_a_map(tiny, tmp_path):
     assert run(tiny, tmp_path, method="direct") == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["00001-7.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00001-7-dynfuse.png", "00001-7.png"]
+
+
+def test_several_files_on_a_side_are_fused_and_named_in_the_infotext(tiny, tmp_path):
+    shutil.copy(tiny / "watercolor.safetensors", tmp_path / "c++.safetensors")
+    arguments = generate(tiny / "model", tiny / "dog, big.safetensors", tiny / "watercolor.safetensors", tmp_path / "out")
+    at = arguments.index("--prompt")
+    options = ["--size", "64x64", "--steps", "2", "--seed", "7", "--device", "cpu", "--style-weight", "0.5+0@0,1@1"]
+    assert cli.main([str(item) for item in (*arguments[:at], tmp_path / "c++.safetensors", *arguments[at:], *options)]) == 0
+    settings = infotext.read_settings(entries_of(tmp_path / "out" / "00001-7.png"))
+    assert (settings.subjects, settings.styles) == (("dog, big",), ("watercolor", "c++"))
+    assert settings.style_weight == "0.5+0@0,1@1"
 
 
 def test_a_random_seed_is_written_into_the_image(tiny, tmp_path):
     run(tiny, tmp_path, seed=-1, method="direct")
-    (path,) = tmp_path.iterdir()
+    (path,) = (path for path in tmp_path.iterdir() if not path.stem.endswith("-dynfuse"))
     assert f"Seed: {path.stem.removeprefix('00001-')}," in Image.open(path).text["parameters"]
 
 

@@ -129,7 +129,8 @@ class FusedLayer(PatchedLayer):
             self._add_one(operators, view, state.level(site.members[0]))
             return
         if state.rule.uniform:
-            self._add_weighted(operators, view, state.member_levels(site.members, view.device))
+            levels = state.member_levels(site.members, view.device)
+            self._add_weighted(operators, view, None if levels is None else levels.expand(view.batch, -1))
             return
         weights = state.weights_of(site, view.batch, view.device)
         if weights is None:

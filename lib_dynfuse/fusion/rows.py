@@ -103,8 +103,9 @@ def sampled_tokens(tokens: int, wanted: int) -> Tensor:
     """
     if not 0 < wanted < tokens:
         return torch.arange(tokens)
-    number = torch.arange(wanted, dtype=torch.float64)
-    return ((number + (number * _GOLDEN) % 1.0) * tokens / wanted).long()
+    number = torch.arange(wanted)
+    starts = torch.arange(wanted + 1) * tokens // wanted
+    return starts[:-1] + ((number * _GOLDEN) % 1.0 * starts.diff()).long()
 
 
 __all__ = ["RowIndices", "Rows", "sampled_tokens"]

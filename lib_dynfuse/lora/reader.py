@@ -6,6 +6,7 @@ bf16) and are not computed with, so that a file of 200 MB takes about a second.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -19,9 +20,9 @@ from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ..reasons import first_line
+from . import families
 from .branch import Branch, Dense, LoraError, LowRank, NormShift
 from .families import (
-    FAMILIES,
     has_variable_input,
     is_kernel,
     is_norm,
@@ -87,6 +88,7 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     if not any(_changes_something(roles) for roles in groups.values()):
         raise LoraError(_no_lora(path, list(parsed)))
     tensors = load([key for roles in groups.values() for key in roles.values()])
+    _refuse_infinite(path, tensors)
     return _taken_apart(path, groups, tensors, unmatched, list(dict.fromkeys(embeddings)), metadata, parsed)
 
 
@@ -137,9 +139,9 @@ def _taken_apart(
         if rank is not None:
             ranks[rank] += 1
     if len(unknown) == len(denoiser) + len(norms) + sum(len(layers) for layers in text.values()):
-        families = ", ".join(known.name for known in FAMILIES)
+        names = ", ".join(known.name for known in families.FAMILIES)
         raise LoraError(
-            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {families}."
+            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {names}."
             if unknown
             else _no_lora(path, list(parsed))
         )
@@ -229,6 +231,18 @@ def _opened_pickle(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
         raise LoraError(f"{path.name} is no LoRA: it holds no named tensors.")
     tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     return list(tensors), lambda keys: {key: tensors[key] for key in keys}, {}
+
+
+def _refuse_infinite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise LoraError if a tensor holds NaN or an infinity, which would make every picture black, even at weight 0."""
+    for key, tensor in tensors.items():
+        # A sum costs a fraction of looking at each number, and only finite numbers can have a finite one.
+        if not tensor.is_floating_point() or math.isfinite(tensor.sum(dtype=torch.float32).item()):
+            continue
+        numbers = tensor.float()
+        if not torch.isfinite(numbers).all():
+            what = "NaN, which is no number" if numbers.isnan().any() else "an infinite number"
+            raise LoraError(f"{path.name} cannot be used: its tensor {key} holds {what}.")
 
 
 def _changes_something(roles: Mapping[str, str]) -> bool:

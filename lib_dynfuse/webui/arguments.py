@@ -3,7 +3,9 @@
 Two forms, both starting with the panel's switch:
 
     [true, {"subject": "dog", "style": "watercolor", "criterion": "js"}]      names as in FuseSettings
-    [true, "dog", "watercolor", 1.0, 1.0, "dynfuse", ...]                     all fields, in the order of FuseSettings
+    [true, ["dog"], ["watercolor"], 1.0, 1.0, "dynfuse", ...]                 all fields, in the order of FuseSettings
+
+Behind the fields the panel has a text for each of WEIGHTS, which goes before the number unless it is empty: a slider holds no points.
 
 A picture comes as a PIL image (panel) or in base64 (API), is kept in the cache of references, and from then on is the few digits
 that stand for it there: a tag and an infotext never hold the picture itself.
@@ -19,6 +21,8 @@ from PIL import Image, ImageOps
 from ..guidance.references import ReferenceCache
 from ..settings import FuseSettings, SettingsError, field_metadata, field_types
 from ..text.tag import check_pair
+
+WEIGHTS = ("subject_weight", "style_weight")
 
 
 def read_arguments(arguments: Sequence[Any], cache: ReferenceCache) -> FuseSettings | None:
@@ -41,10 +45,12 @@ def read_arguments(arguments: Sequence[Any], cache: ReferenceCache) -> FuseSetti
 
 def _named(values: Sequence[Any]) -> dict[str, Any]:
     names = list(field_types())
-    if len(values) > len(names):
+    if len(values) > len(names) + len(WEIGHTS):
         raise SettingsError(f"{len(values)} values were given; the settings are {len(names)}: {', '.join(names)}")
     # An emptied control sends None, and so does an empty place for a picture.
-    return {name: value for name, value in zip(names, values, strict=False) if value is not None}
+    named = {name: value for name, value in zip(names, values, strict=False) if value is not None}
+    texts = zip(WEIGHTS, values[len(names) :], strict=False)
+    return {**named, **{name: text for name, text in texts if text is not None and text != ""}}
 
 
 def _with_kept_pictures(values: Mapping[str, Any], cache: ReferenceCache) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The accordion "DynFuse" in txt2img and img2img, built from the fields of FuseSettings.
 
-Builds under gradio 3.41 (A1111) and 4.40 (Forge). The controls, after the switch, stand in the order of FuseSettings:
-that order is the script's argument order, and public. Labels are keys of the user's ui-config.json: a renamed label
-loses the defaults saved under it.
+Builds under gradio 3.41 (A1111) and 4.40 (Forge). The controls, after the switch, stand in the order of FuseSettings, and behind
+them the texts of the weights: that order is the script's argument order, and public. Labels are keys of the user's ui-config.json:
+a renamed label loses the defaults saved under it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import html
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ import gradio as gr
 from PIL import Image
 
 from ..hosts.webui.host import WebUIHost
-from ..settings import LORA_FIELDS, PRESETS, FuseSettings, SettingsError, field_metadata, field_types
+from ..settings import LORA_FIELDS, PRESETS, FuseSettings, SettingsError, field_metadata, field_types, split_names
+from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
 from . import gallery, pictures
+from .arguments import WEIGHTS
 
 TITLE = "DynFuse"
 SWITCH_TOOLTIP = "Fuse a subject LoRA and a style LoRA. A <dynfuse:...> tag in the prompt goes before what is chosen here."
@@ -30,12 +32,12 @@ PRESET_TOOLTIPS = {
     "paper": "Set the method, its advanced settings and the guidance as in the paper's experiments. Exact gradients and the full VAE take "
     "several times as long, and much memory.",
 }
-MAIN_FIELDS = (*LORA_FIELDS, "subject_weight", "style_weight", "method", "criterion")
 ADVANCED_ROWS = (
     ("te_weight", "bias"),
     ("granularity", "scope", "one_sided"),
     ("temperature", "balance"),
     ("decide", "decide_every", "vote_tokens"),
+    ("subject_weight_text", "style_weight_text"),
     ("hr", "subject_blocks", "style_blocks"),
 )
 GUIDANCE_ROWS = (
@@ -44,27 +46,45 @@ GUIDANCE_ROWS = (
     ("start", "end", "every"),
     ("gradient", "decoder", "limit"),
 )
-SIDES = ("subject", "style")
 PROMPT_PLACEHOLDER = "LoRA's activation text, else the prompt"
+PLACEHOLDERS = {"hr": "0.7 or 0.7/1", "subject_blocks": BLOCKS_EXAMPLE, "style_blocks": BLOCKS_EXAMPLE}
+WEIGHT_TEXT_TOOLTIP = (
+    "In place of the slider above: the weight over the steps, as points weight@place with straight lines between them. A place is a "
+    "fraction of the steps (0.3), or a step's number (5). For several LoRAs also one each: 1+0.5. Empty: the slider's."
+)
 
 
 @dataclass(frozen=True)
 class Panel:
     """The built controls.
 
-    enabled: the switch. fields: by field name, in the order of FuseSettings. result: where the job's pictures go. references: where
-    the kept references are shown.
+    enabled: the switch. fields: by field name, in the order of FuseSettings. texts: of the weights, by name (see weight_text). result:
+    where the job's pictures go. references: where the kept references are shown.
     """
 
     enabled: Any
     fields: dict[str, Any]
+    texts: dict[str, Any]
     result: Any
     references: Any
 
     @property
     def arguments(self) -> list[Any]:
         """What the script's ui() returns, and in this order."""
-        return [self.enabled, *self.fields.values()]
+        return list(self.controls.values())
+
+    @property
+    def controls(self) -> dict[str, Any]:
+        """By the names of paste_functions."""
+        return {"enabled": self.enabled, **self.fields, **self.texts}
+
+
+def weight_text(name: str) -> str:
+    """The name of the control that takes a weight as a text, in place of its slider. name: of the weight's field."""
+    return f"{name}_text"
+
+
+WEIGHT_TEXTS = {weight_text(name): name for name in WEIGHTS}
 
 
 def build_notice(tab: str, sentence: str) -> Any:
@@ -87,13 +107,13 @@ def build(tab: str, host: WebUIHost) -> Panel:
         return f"dynfuse_{tab}_{name}"
 
     def choices() -> dict[str, list[str]]:
-        return {"choices": _lora_choices(host)}
+        return {"choices": host.catalogue.names()}
 
     fields: dict[str, Any] = {}
 
     def first_thumbnail(name: str) -> str:
         # The host puts the user's defaults from ui-config.json on a dropdown after it was built.
-        return _thumbnail(host, fields[name].value if name in fields else "")
+        return _thumbnails(host, fields[name].value if name in fields else [])
 
     def kept_references() -> str:
         return gallery.gallery_html(host.reference_cache)
@@ -102,7 +122,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
         return gallery.cleared_html(host.reference_cache)
 
     def add(name: str) -> Any:
-        fields[name] = _control(name, element(name), host)
+        fields[name] = _weight_text(name, element(name)) if name in WEIGHT_TEXTS else _control(name, element(name), host)
         return fields[name]
 
     # A class on A1111, a function on Forge: only called, never tested for its type.
@@ -117,7 +137,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
                     with gr.Column(elem_classes=["dynfuse-choice"], min_width=160):
                         dropdown = add(name)
                         add(f"{name}_weight")
-                _quietly(dropdown.change, functools.partial(_thumbnail, host), inputs=[dropdown], outputs=[thumbnail])
+                _quietly(dropdown.change, functools.partial(_thumbnails, host), inputs=[dropdown], outputs=[thumbnail])
             with gr.Column(elem_classes=["dynfuse-refresh"], scale=0, min_width=40):
                 create_refresh_button([fields[name] for name in LORA_FIELDS], host.catalogue.refresh, choices, element("refresh"))
         with gr.Row(elem_classes=["dynfuse-row"]):
@@ -136,7 +156,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
                     for name in row:
                         add(name)
             with gr.Row(elem_classes=["dynfuse-pair", "dynfuse-row"]):
-                for side in SIDES:
+                for side in LORA_FIELDS:
                     with gr.Row(elem_classes=["dynfuse-part"]):
                         with gr.Column(elem_classes=["dynfuse-given"], scale=0, min_width=128):
                             add(f"{side}_image")
@@ -162,7 +182,8 @@ def build(tab: str, host: WebUIHost) -> Panel:
             _quietly(button.click, functools.partial(list, values.values()), inputs=[], outputs=[fields[field] for field in values])
         result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
 
-    return Panel(enabled, {name: fields[name] for name in field_types()}, result, references)
+    texts = {name: fields.pop(name) for name in WEIGHT_TEXTS}
+    return Panel(enabled, {name: fields[name] for name in field_types()}, texts, result, references)
 
 
 def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable[[], str], host: WebUIHost) -> None:
@@ -179,7 +200,7 @@ def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable
 
 @functools.cache
 def paste_functions(host: WebUIHost) -> Mapping[str, Callable[[Mapping[str, Any]], Any]]:
-    """What a pasted infotext sets each control to: by field name, and "enabled" for the switch.
+    """What a pasted infotext sets each control to: by field name, "enabled" for the switch, and the weights' texts.
 
     Always the same functions for a host: "Send to img2img" finds a control of the other tab by its function.
     None leaves a control as it is.
@@ -198,13 +219,29 @@ def paste_functions(host: WebUIHost) -> Mapping[str, Callable[[Mapping[str, Any]
                 # None, for the host, leaves a control as it is; an image without a picture of its own takes the old one away.
                 # A missing one: warn_about_paste has told the user.
                 return gr.update(value=_kept_picture(host, value)[0])
-            if name not in LORA_FIELDS:
-                return value
-            return renaming(host)(value, infotext.read_hashes(entries).get(value))
+            if name in LORA_FIELDS:
+                # An update, for the host makes any other value into one of the type that the control was built with.
+                return gr.update(value=list(split_names(infotext.renamed_names(value, infotext.read_hashes(entries), renaming(host)))))
+            if name in WEIGHTS and isinstance(value, str):
+                return getattr(FuseSettings(), name)
+            return value
 
         return read
 
-    return {"enabled": infotext.is_enabled, **{name: reader(name) for name in field_types()}}
+    def text_reader(name: str) -> Callable[[Mapping[str, Any]], Any]:
+        def read(entries: Mapping[str, Any]) -> Any:
+            if not infotext.is_enabled(entries):
+                return None
+            try:
+                value = infotext.read_value(entries, name)
+            except SettingsError:
+                return ""
+            return value if isinstance(value, str) else ""
+
+        return read
+
+    fields = {name: reader(name) for name in field_types()}
+    return {"enabled": infotext.is_enabled, **fields, **{text: text_reader(name) for text, name in WEIGHT_TEXTS.items()}}
 
 
 def renaming(host: WebUIHost) -> Callable[[str, str | None], str]:
@@ -232,8 +269,7 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     metadata = field_metadata(name)
     common = {"label": metadata["label"], "value": getattr(FuseSettings(), name), "elem_id": element}
     if name in LORA_FIELDS:
-        # Custom values: an alias, or a LoRA of a pasted image that is not here, must reach the script, which says so in words.
-        control = gr.Dropdown(choices=_lora_choices(host), allow_custom_value=True, **common)
+        control = gr.Dropdown(**{**common, "value": []}, choices=host.catalogue.names(), multiselect=True, **_custom_values())
     elif name in ("method", "criterion"):
         control = gr.Radio(choices=list(metadata["choices"]), **common)
     elif metadata["picture"]:
@@ -244,6 +280,8 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
         control = gr.Checkbox(elem_classes=["dynfuse-switch"], **common)
     elif metadata["choices"]:
         control = gr.Dropdown(choices=list(metadata["choices"]), **common)
+    elif name in PLACEHOLDERS:
+        control = gr.Textbox(max_lines=1, placeholder=PLACEHOLDERS[name], elem_classes=["dynfuse-written"], **common)
     elif field_types()[name] is str:
         control = gr.Textbox(lines=2, placeholder=PROMPT_PLACEHOLDER, **common)
     elif metadata["slider"] is None:
@@ -254,6 +292,19 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     # The hosts turn this attribute into the element's title (javascript/hints.js); gradio itself has no tooltips.
     control.webui_tooltip = metadata["tooltip"]
     return control
+
+
+def _weight_text(name: str, element: str) -> Any:
+    label = f"{field_metadata(WEIGHT_TEXTS[name])['label']} over the steps"
+    look = {"max_lines": 1, "placeholder": SCHEDULE_EXAMPLE, "elem_classes": ["dynfuse-written"]}
+    control = gr.Textbox(label=label, value="", elem_id=element, **look)
+    control.webui_tooltip = WEIGHT_TEXT_TOOLTIP
+    return control
+
+
+def _custom_values() -> dict[str, Any]:
+    """A LoRA of a pasted image that is not here must reach the script, which says so in words: gradio 3.41 takes any, 4.40 asks."""
+    return {} if gr.__version__.startswith("3.") else {"allow_custom_value": True}
 
 
 def _plain_image_arguments() -> dict[str, Any]:
@@ -271,17 +322,18 @@ def _kept_picture(host: WebUIHost, text: str) -> tuple[Image.Image | None, str]:
         return None, str(error)
 
 
-def _lora_choices(host: WebUIHost) -> list[str]:
-    # gradio 4 shows the first choice where the value is not among them, so "none yet" must be one.
-    return ["", *host.catalogue.names()]
+def _thumbnails(host: WebUIHost, names: Sequence[str] | None) -> str:
+    """names: as the dropdown has them; None when it was emptied."""
+    several = " dynfuse-several" if names and len(names) > 1 else ""
+    return f'<div class="dynfuse-thumbnails{several}">{"".join(_thumbnail(host, name) for name in names or [""])}</div>'
 
 
-def _thumbnail(host: WebUIHost, name: str | None) -> str:
+def _thumbnail(host: WebUIHost, name: str) -> str:
     path = host.catalogue.preview(name) if name else None
     address = pictures.thumbnail_address(path) if path else None
     if address is None:
         return f'<div class="dynfuse-thumbnail dynfuse-no-picture">{"no preview" if name else ""}</div>'
-    return f'<img class="dynfuse-thumbnail" src="{address}" alt="{html.escape(name or "", quote=True)}">'
+    return f'<img class="dynfuse-thumbnail" src="{address}" alt="{html.escape(name, quote=True)}">'
 
 
 def _quietly(event: Callable[..., Any], function: Callable[..., Any], **wiring: Any) -> None:

@@ -73,8 +73,7 @@ class DynFuseScript(scripts.Script):
         built = panel.build(_tab(is_img2img), host)
         functions = panel.paste_functions(host)
         self.infotext_fields = [
-            PasteField(built.enabled, functions["enabled"]),
-            *(PasteField(control, functions[name]) for name, control in built.fields.items()),
+            *(PasteField(control, functions[name]) for name, control in built.controls.items()),
         ]
         # "Send to img2img" carries over the controls whose paste functions are listed here (infotext_utils.connect_paste_params_buttons).
         self.paste_field_names = list(functions.values())

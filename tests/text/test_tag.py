@@ -30,6 +30,18 @@ def test_named_settings_stand_anywhere():
     assert read("<dynfuse:style=watercolor:subject=dog:style_weight=0.5:criterion=js:te_weight=0>") == expected
 
 
+def test_several_loras_are_joined_by_a_plus_and_weights_may_be_points():
+    settings = read("<dynfuse:dog+hat:watercolor + ink:1+0.5:0@0,1@0.3:decide=now:hr=0.7:style_blocks=in4-in8=0.5,out3=0>")
+    assert settings.subjects == ("dog", "hat")
+    assert settings.styles == ("watercolor", "ink")
+    assert (settings.subject_weight, settings.style_weight, settings.hr) == ("1+0.5", "0@0,1@0.3", "0.7")
+    assert settings.style_blocks == "in4-in8=0.5,out3=0"
+
+
+def test_a_plus_inside_a_name_is_written_out():
+    assert read("<dynfuse:c%2B%2B+my%2blora:ink>").subjects == ("c++", "my+lora")
+
+
 def test_a_prompt_without_a_tag_asks_for_nothing():
     assert read("a dog <lora:dog:1> <dynfuse> dynfuse:a:b") is None
 
@@ -39,6 +51,17 @@ def test_the_shortest_tag_is_written():
     assert tag.format_tag(FuseSettings(subject="dog", style="watercolor", subject_weight=0.5)) == "<dynfuse:dog:watercolor:0.5>"
     assert tag.format_tag(FuseSettings(subject="dog", style="watercolor", style_weight=0.5)) == "<dynfuse:dog:watercolor:1:0.5>"
     assert tag.format_tag(FuseSettings(subject="dog", style="watercolor", method="direct")) == "<dynfuse:dog:watercolor:method=direct>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<dynfuse:dog+hat:ink:1+0.5:0@0,1@0.3:hr=0.7/1>",
+        "<dynfuse:c%2B%2B:100% a%2Cb:1:0@2,1@5:subject_blocks=in4-in8=0.5,out3=0:style_blocks=face>",
+    ],
+)
+def test_what_people_write_is_written_as_they_write_it(text):
+    assert tag.format_tag(read(text)) == text
 
 
 def test_a_written_tag_is_one_tag_for_the_host_whatever_the_names_hold():
@@ -61,6 +84,10 @@ def test_percent_signs_of_a_file_name_may_be_typed_as_they_are():
         ("<dynfuse:dog:dog>", ["same LoRA", "'dog'"]),
         ("<dynfuse:dog:watercolor:strong>", ["subject_weight must be a number", "'strong'", "<dynfuse:dog:watercolor:strong>"]),
         ("<dynfuse:dog:watercolor:nan>", ["subject_weight must be a finite number"]),
+        ("<dynfuse:dog+:watercolor>", ["subject must be names of LoRAs", "%2B"]),
+        ("<dynfuse:dog+ink:watercolor+ink>", ["same LoRA, 'ink', is named twice"]),
+        ("<dynfuse:dog:watercolor:1+0.5>", ["subject_weight has 2 parts for 1 LoRA"]),
+        ("<dynfuse:dog:watercolor:1@9.5,0@0>", ["place of '1@9.5' in subject_weight", "step"]),
         ("<dynfuse:dog:watercolor:1:1:js>", ["too many parts", "key=value"]),
         ("<dynfuse:dog:watercolor:colour=js>", ["unknown setting 'colour'", "criterion"]),
         ("<dynfuse:dog:watercolor:criterion=euclid>", ["criterion must be one of kl, js, cosine, dot", "'euclid'"]),

@@ -48,6 +48,28 @@ def test_leading_values_are_enough(read_arguments):
     assert read_arguments([True, "dog", "watercolor", 0.5]) == FuseSettings(**PAIR, subject_weight=0.5)
 
 
+def test_a_weights_text_behind_the_fields_goes_before_its_number():
+    for texts, expected in (
+        (["0@0,1@1", ""], ("0@0,1@1", 0.5)),
+        (["", " 0.75 "], (0.5, 0.75)),
+        ([None, None], (0.5, 0.5)),
+        ([], (0.5, 0.5)),
+    ):
+        settings = script_arguments.read_arguments([*in_places(subject_weight=0.5, style_weight=0.5), *texts], None)
+        assert (settings.subject_weight, settings.style_weight) == expected
+
+
+def test_the_panel_sends_names_as_they_are(read_arguments):
+    settings = read_arguments([True, ["dog+1", "50%2B"], ["a, b", ""], 1.0])
+    assert (settings.subjects, settings.styles) == (("dog+1", "50%2B"), ("a, b",))
+
+
+def test_a_text_names_loras_joined_by_a_plus(read_arguments):
+    settings = read_arguments([True, {"subject": "dog + hat", "style": "c%2B%2B", "subject_weight": "1 + 0.5"}])
+    assert (settings.subjects, settings.styles) == (("dog", "hat"), ("c++",))
+    assert [schedule.constant for schedule in settings.subject_schedules] == [1.0, 0.5]
+
+
 def test_an_emptied_control_means_the_default(read_arguments):
     assert read_arguments([True, "dog", "watercolor", *[None] * (len(field_types()) - 2)]) == FuseSettings(**PAIR)
 

@@ -4,11 +4,13 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from lib_dynfuse.settings import FuseSettings, field_metadata, field_types
+from lib_dynfuse.settings import LORA_FIELDS, METHODS, FuseSettings, field_metadata, field_types
 from lib_dynfuse.text import infotext
 from lib_dynfuse.webui import panel
 from lib_dynfuse.webui.arguments import read_arguments
 from tests.webui.conftest import FakeHost
+
+WEIGHT_TEXTS = ["Subject weight over the steps", "Style weight over the steps"]
 
 
 @pytest.fixture
@@ -26,7 +28,8 @@ def components(demo):
 def test_the_panel_has_a_control_for_every_field_in_the_public_order(built):
     _, made, _ = built
     assert list(made.fields) == list(field_types())
-    assert [control.label for control in made.arguments] == ["DynFuse", *(field_metadata(name)["label"] for name in field_types())]
+    labels = [control.label for control in made.arguments]
+    assert labels == ["DynFuse", *(field_metadata(name)["label"] for name in field_types()), *WEIGHT_TEXTS]
 
 
 def test_untouched_controls_mean_the_default_settings(built, host):
@@ -40,7 +43,8 @@ def test_every_control_has_a_value_of_its_fields_type(built):
     _, made, _ = built
     for name, kind in field_types().items():
         if not field_metadata(name)["picture"]:
-            assert isinstance(made.fields[name].value, kind), name
+            assert isinstance(made.fields[name].value, list if name in LORA_FIELDS else kind), name
+    assert [control.value for control in made.texts.values()] == ["", ""]
 
 
 def test_controls_offer_what_the_settings_permit(built):
@@ -53,6 +57,17 @@ def test_controls_offer_what_the_settings_permit(built):
             assert [choice[0] if isinstance(choice, tuple) else choice for choice in control.choices] == list(metadata["choices"])
         elif metadata["slider"]:
             assert (control.minimum, control.maximum, control.step) == metadata["slider"]
+        elif name in LORA_FIELDS:
+            assert [choice[0] if isinstance(choice, tuple) else choice for choice in control.choices] == ["dog", "watercolor"]
+            assert control.multiselect
+
+
+def test_a_method_that_is_registered_later_can_be_picked(webui, host, monkeypatch):
+    monkeypatch.setitem(METHODS, "halves", "each LoRA at half its weight")
+    with gr.Blocks():
+        control = panel.build("txt2img", host).fields["method"]
+    assert "halves" in [choice[0] if isinstance(choice, tuple) else choice for choice in control.choices]
+    assert "halves: each LoRA at half its weight." in control.webui_tooltip
 
 
 def test_every_control_has_a_tooltip_and_an_element_to_carry_it(built):
@@ -103,17 +118,29 @@ def test_choosing_a_lora_shows_its_preview(thumbnails, tmp_path):
     picture = tmp_path / "dog.preview.png"
     Image.new("RGBA", (300, 500), "red").save(picture)
     _, chosen, _ = thumbnails(dog=picture, ink=tmp_path / "gone.png")
-    assert "data:image/jpeg;base64," in chosen[0]("dog")
-    assert "no preview" in chosen[1]("ink")
-    assert "no preview" in chosen[1]("unknown")
-    assert "no preview" not in chosen[0](None)
+    assert "data:image/jpeg;base64," in chosen[0](["dog"])
+    assert "no preview" in chosen[1](["ink"])
+    assert "no preview" in chosen[1](["unknown"])
+    for nothing in (None, []):
+        assert "no preview" not in chosen[0](nothing)
+        assert "dynfuse-thumbnail " in chosen[0](nothing)
+
+
+def test_every_chosen_lora_shows_its_preview(thumbnails, tmp_path):
+    for name, colour in (("dog", "red"), ("hat", "blue")):
+        Image.new("RGB", (30, 30), colour).save(tmp_path / f"{name}.png")
+    _, chosen, _ = thumbnails(dog=tmp_path / "dog.png", hat=tmp_path / "hat.png")
+    shown = chosen[0](["dog", "unknown", "hat"])
+    assert shown.count("data:image/jpeg;base64,") == 2
+    assert shown.count("no preview") == 1
+    assert shown.index('alt="dog"') < shown.index("no preview") < shown.index('alt="hat"')
 
 
 def test_a_page_opens_with_the_previews_of_the_users_defaults(thumbnails, tmp_path):
     picture = tmp_path / "dog.png"
     Image.new("L", (30, 20), 128).save(picture)
     fields, _, opened = thumbnails(dog=picture)
-    fields["subject"].value = "dog"
+    fields["subject"].value = ["dog"]
     shown = [open_page() for open_page in opened]
     assert "data:image/jpeg;base64," in shown[0]
     assert "<img" not in shown[1]
@@ -123,7 +150,7 @@ def test_a_preview_that_is_no_picture_is_not_shown(thumbnails, tmp_path):
     film = tmp_path / "dog.png"
     film.write_bytes(b"\x00\x00\x00 ftypmp42")
     _, chosen, _ = thumbnails(dog=film)
-    assert "no preview" in chosen[0]("dog")
+    assert "no preview" in chosen[0](["dog"])
 
 
 def test_the_buttons_of_the_presets_set_the_controls_they_are_wired_to(webui, host):
@@ -143,7 +170,8 @@ def test_the_buttons_of_the_presets_set_the_controls_they_are_wired_to(webui, ho
     assert [set_to[name] for name in ("gradient", "limit", "scope", "guidance")] == ["exact", 0, "attention", True]
     for name, value in zip(wired["Preset: default"], default(), strict=True):
         assert value == getattr(FuseSettings(), name)
-    assert not set(set_to) & {"subject", "style", "subject_weight", "style_weight", "subject_prompt", "reference_seed"}
+    assert [set_to[name] for name in ("decide", "decide_every", "vote_tokens")] == ["now", 1, 0]
+    assert not set(set_to) & {"subject", "style", "subject_weight", "style_weight", "subject_prompt", "reference_seed", "hr"}
 
 
 @pytest.fixture
@@ -182,20 +210,37 @@ def paste(host):
     return lambda entries: {name: function(entries) for name, function in functions.items()}
 
 
-def test_pasting_restores_every_control(paste):
-    settings = FuseSettings(
+def as_sent(pasted, host):
+    """The settings that the panel sends after a paste."""
+    return read_arguments([value["value"] if isinstance(value, dict) else value for value in pasted.values()], host.reference_cache)
+
+
+def test_pasting_restores_every_control(paste, host):
+    made = FuseSettings(
         subject="dog",
         style="watercolor",
         style_weight=0.5,
+        hr="0.7/1",
+        style_blocks="in4-in8=0.5,out3=0",
         criterion="cosine",
         guidance=True,
         every=3,
         reference_seed=7,
         style_prompt="ink, ",
     )
-    pasted = paste(infotext.settings_fields(settings))
-    assert pasted.pop("enabled") is True
-    assert FuseSettings(**{name: value for name, value in pasted.items() if not field_metadata(name)["picture"]}) == settings
+    assert as_sent(paste(infotext.settings_fields(made)), host) == made
+
+
+@pytest.mark.parametrize(
+    ("subject_weight", "slider", "text"),
+    [(0.5, 0.5, ""), ("0@0,1@0.3", 1.0, "0@0,1@0.3"), ("1+0.5", 1.0, "1+0.5"), ("1+0@0,1@5", 1.0, "1+0@0,1@5")],
+)
+def test_pasting_puts_a_plain_weight_on_the_slider_and_any_other_into_its_text(paste, host, subject_weight, slider, text):
+    made = FuseSettings(subject="dog+hat", style="watercolor", subject_weight=subject_weight)
+    pasted = paste(infotext.settings_fields(made))
+    assert (pasted["subject_weight"], pasted["subject_weight_text"]) == (slider, text)
+    assert (pasted["style_weight"], pasted["style_weight_text"]) == (1.0, "")
+    assert as_sent(pasted, host) == made
 
 
 def test_pasting_an_image_made_without_dynfuse_switches_it_off_and_leaves_the_rest(paste):
@@ -205,9 +250,16 @@ def test_pasting_an_image_made_without_dynfuse_switches_it_off_and_leaves_the_re
 
 
 def test_pasting_finds_loras_by_hash(paste):
-    settings = FuseSettings(subject="hund", style="watercolor")
-    pasted = paste({**infotext.settings_fields(settings), **infotext.hash_field(["hund", "watercolor"], {"hund": "aa11"}.get)})
-    assert (pasted["subject"], pasted["style"]) == ("dog", "watercolor")
+    made = FuseSettings(subject="hund", style="watercolor")
+    pasted = paste({**infotext.settings_fields(made), **infotext.hash_field(["hund", "watercolor"], {"hund": "aa11"}.get)})
+    assert (pasted["subject"]["value"], pasted["style"]["value"]) == (["dog"], ["watercolor"])
+
+
+def test_pasting_finds_each_of_several_loras_by_hash_and_keeps_those_that_are_not_here(paste):
+    made = FuseSettings.from_mapping({"subject": ["fox", "hund+1"], "style": ["gone"]})
+    hashes = infotext.hash_field([*made.subjects, *made.styles], {"hund+1": "aa11", "gone": "ee55"}.get)
+    pasted = paste({**infotext.settings_fields(made), **hashes})
+    assert (pasted["subject"]["value"], pasted["style"]["value"]) == (["fox", "dog"], ["gone"])
 
 
 def test_pasting_an_impossible_value_gives_the_default_and_a_warning(paste, host, monkeypatch):

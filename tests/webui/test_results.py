@@ -19,10 +19,10 @@ from lib_dynfuse.webui import results
 
 def trace(steps=3):
     sites = tuple(Site(f"input_blocks.{block}.1.proj_in") for block in (1, 2))
-    weights = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]).expand(steps, 2, 1, 2)
-    ran = torch.ones(steps, 2, dtype=torch.bool)
+    weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[None, :, None].expand(steps, 2, 1, 2)
+    reached = torch.ones(steps, 2, dtype=torch.bool)
     members = (Member("dog", True), Member("watercolor", False))
-    return Trace(sites, members, weights, torch.ones(steps, 2, 1, 2), ran, ran, torch.ones(2, 2, dtype=torch.bool))
+    return Trace(sites, members, weights, torch.ones(steps, 2, 1, 2), reached, reached, torch.ones(2, 2, dtype=torch.bool))
 
 
 def fusion_pass(*notes, hires=False, with_trace=True, guidance=None):

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from lib_dynfuse.guidance.weights import CLIP_DEFAULT, DINO_DEFAULT
-from lib_dynfuse.settings import FuseSettings, SettingsError, field_types
+from lib_dynfuse.settings import METHODS, FuseSettings, SettingsError, field_types
 from lib_dynfuse.text import tag
 from tests.webui.conftest import Job, extra_network_data
 
@@ -124,6 +124,23 @@ def test_the_infotext_gets_the_hashes_of_a_tags_loras(script):
     job = Job("a dog", hr_prompts=["a dog <dynfuse:dog:nothing>"])
     job.run_batch(script, *OFF)
     assert job.extra_generation_params == {"DynFuse LoRA hashes": "dog: aa11"}
+
+
+def test_the_infotext_gets_the_hash_of_each_of_several_loras(script, host):
+    host.loras["a+b"] = "cc33"
+    for arguments, prompt in (
+        ((True, {"subject": ["dog", "a+b"], "style": "watercolor"}), "a dog"),
+        (OFF, "<dynfuse:dog+a%2Bb:watercolor>"),
+    ):
+        job = Job(prompt)
+        assert request(job.run_batch(script, *arguments)).subjects == ("dog", "a+b")
+        assert job.extra_generation_params["DynFuse LoRA hashes"] == "dog: aa11, a%2Bb: cc33, watercolor: bb22"
+
+
+def test_a_method_that_is_registered_later_reaches_the_host_part(script, monkeypatch):
+    monkeypatch.setitem(METHODS, "halves", "each LoRA at half its weight")
+    assert request(Job().run_batch(script, True, {**PAIR, "method": "halves"})).method == "halves"
+    assert request(Job("<dynfuse:dog:ink:method=halves>").run_batch(script, *OFF)).method == "halves"
 
 
 def test_a_processing_object_used_again_keeps_no_old_entries(script):

@@ -97,7 +97,12 @@ def through_api_lists(settings):
 
 
 def through_panel(settings):
-    return through_api(*(getattr(settings, name) for name in FIELDS))
+    sent = {name: getattr(settings, name) for name in FIELDS} | {"subject": list(settings.subjects), "style": list(settings.styles)}
+    texts = ["", ""]
+    for index, name in enumerate(("subject_weight", "style_weight")):
+        if isinstance(sent[name], str):  # the slider stays where it was
+            texts[index], sent[name] = sent[name], 0.25
+    return through_api(*sent.values(), *texts)
 
 
 WAYS = [through_tag, through_infotext, through_api_names, through_api_changed_names, through_api_lists, through_panel]
@@ -187,6 +192,7 @@ PAPER = {
     **{"method": "dynfuse", "criterion": "kl", "scope": "attention", "temperature": "raw", "balance": "none", "bias": 1.0},
     **{"guidance": True, "m": 10.0, "gradient": "exact", "decoder": "vae", "limit": 0.0, "start": 0.0, "end": 1.0, "every": 1},
     **{name: pytest.approx(1 / 3) for name in ("content_weight", "style_clip_weight", "style_dino_weight")},
+    **{"decide": "now", "decide_every": 1, "vote_tokens": 0},
 }
 
 

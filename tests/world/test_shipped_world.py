@@ -126,18 +126,23 @@ def test_the_direct_sum_is_both_loras_merged(pipeline):
 def test_the_selection_is_the_papers_formula_written_out(pipeline):
     """Eq. 11 to 13 in float64 in each layer, on features and LoRAs that were trained, through all steps."""
     literal = copy.deepcopy(pipeline)
-    decisions = []
+    divergences = {}
     for layer, module in adapted(literal.unet).items():
-        module.forward = written_out(module, change(PAIR.subject, layer), change(PAIR.style, layer), decisions)
+        divergences[layer] = []
+        module.forward = written_out(module, change(PAIR.subject, layer), change(PAIR.style, layer), divergences[layer])
     expected = plain_pictures(literal)
-    made = fused(pipeline, (PAIR.subject, PAIR.style), FuseSettings(), PAIR.prompt)
+    made = fused(pipeline, (PAIR.subject, PAIR.style), FuseSettings(decide="now", vote_tokens=0), PAIR.prompt)
     assert_same_pictures(made.images, expected)
-    share = torch.stack(decisions).double().mean()
-    assert 0.2 < share < 0.8
-    assert made.trace.subject_share() == pytest.approx(float(share), abs=1e-3)
+    subject, style = torch.stack([torch.stack(divergences[site.layer]) for site in made.trace.sites], 1).unbind(2)  # (steps, sites, images)
+    chosen = subject >= style
+    assert 0.2 < chosen.double().mean() < 0.8
+    # float32 and float64 may decide otherwise between equals, some of which are next to nothing, and nowhere else.
+    close = (subject - style).abs() < 0.01 * torch.maximum(subject, style) + 1e-9
+    assert torch.equal(made.trace.winners | close, chosen | close)
+    assert close.double().mean() < 0.05
 
 
-def written_out(module, subject, style, decisions):
+def written_out(module, subject, style, divergences):
     """A linear layer's forward that chooses; rows: the negative prompt's of all images, then the prompt's."""
     weight, bias = module.weight.double(), 0 if module.bias is None else module.bias.double()
 
@@ -146,12 +151,12 @@ def written_out(module, subject, style, decisions):
         base = rows @ weight.T + bias
         changes = [rows @ delta.T for delta in (subject, style)]
         log_p = base.log_softmax(-1)
-        divergences = []
+        found = []
         for delta in changes:
             log_q = (base + delta).log_softmax(-1)
-            divergences.append((log_q.exp() * (log_q - log_p)).sum(-1).mean(-1).chunk(2)[1])
-        chosen = divergences[0] >= divergences[1]
-        decisions.append(chosen)
+            found.append((log_q.exp() * (log_q - log_p)).sum(-1).mean(-1).chunk(2)[1])
+        divergences.append(torch.stack(found))
+        chosen = found[0] >= found[1]
         return (base + torch.where(chosen.repeat(2)[:, None, None], *changes)).to(h.dtype)
 
     return forward

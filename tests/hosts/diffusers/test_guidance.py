@@ -148,7 +148,7 @@ def by_hand(double, loras, targets, latent, m, gradient, prediction, weights=(1 
     for position, timestep in enumerate(timesteps):
         alpha = alphas[timestep]
         after = alphas[timesteps[position + 1]] if position + 1 < len(timesteps) else final
-        session.new_step()
+        session.begin()
         x = latent.detach().requires_grad_()
         d = denoised(x, timestep, alpha)
         sigma, sigma_after = ((1 - alpha) / alpha).sqrt(), ((1 - after) / after).sqrt()
