@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..settings import FuseSettings
 from ..strength import Schedule
+from .divergence import Workspace
 from .rows import RowIndices, Rows
 from .rules import Rule, Votes
 from .step import Step
@@ -43,6 +44,7 @@ class FusionState:
     fallbacks: int = 0
     rebound: bool = False
     collected: list[tuple[int, tuple[int, ...], Tensor]] = field(default_factory=list)
+    workspace: Workspace = field(default_factory=Workspace)
     levels: tuple[float, ...] = ()
     """Each LoRA's strength at this step where it follows a schedule, and 1 where its strength is constant and in the operators."""
 
