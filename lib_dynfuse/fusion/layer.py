@@ -189,7 +189,8 @@ class FusedLayer(PatchedLayer):
         """Measure and choose in the layer. Returns weights by row, (N, B), or (N, T, B) when tokens choose."""
         state = self.state
         assert state.step is not None
-        rows, fold = state.rows_of(view.batch)
+        entries = state.entries(view.batch)
+        rows, fold = entries.rows, entries.fold
         if state.settings.granularity != "image":
             return self._decided_by_row(site, operators, view)
         site.tokens = view.tokens(state)
@@ -259,7 +260,8 @@ class FusedLayer(PatchedLayer):
         """Every row, or every token, chooses for itself; the record has each image's first conditional row's mean."""
         state = self.state
         assert state.step is not None
-        rows, fold = state.rows_of(view.batch)
+        entries = state.entries(view.batch)
+        rows, fold = entries.rows, entries.fold
         everything = tuple(range(len(rows.images)))
         x, y = view.sampled(everything, 0, state)
         per_token = self._measured(site, operators, x, y)  # (P, rows, T)
@@ -285,12 +287,12 @@ class FusedLayer(PatchedLayer):
     def _sample(self, site: FusedSite, operators: Operators, view: View) -> None:
         """Keep what the decision for the next step needs, or measure it now where the site has no like."""
         state = self.state
-        positions, images = state.voting(view.batch)
-        if not positions:
+        entries = state.entries(view.batch)
+        if not entries.positions:
             return
-        if site.ballot is not None and view.put(site.ballot, site.place, positions, images, state):
+        if site.ballot is not None and view.put(site.ballot, site.place, entries, state.indices(view.device)):
             return
-        state.collected.append((site.number, images, self._votes(site, operators, view, positions)))
+        state.collected.append((site.number, entries.images, self._votes(site, operators, view, entries.positions)))
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rows import sample_count
-
 if TYPE_CHECKING:
-    from .call import FusionState
+    from .call import Entries, FusionState
+    from .rows import RowIndices
     from .votes import Ballot
 
 
@@ -55,8 +54,8 @@ class View(ABC):
         """
 
     @abstractmethod
-    def put(self, ballot: Ballot, place: int, positions: tuple[int, ...], images: tuple[int, ...], state: FusionState) -> bool:
-        """Copy the same samples into the ballot's room for this site; False if there are not as many as there is room for."""
+    def put(self, ballot: Ballot, place: int, entries: Entries, indices: RowIndices) -> bool:
+        """Copy the conditional rows' samples into the ballot's room for this site; False if they do not fit it."""
 
 
 class Tokens(View):
@@ -100,8 +99,7 @@ class Tokens(View):
         self.y.add_(_weighted(change, weights).view(-1, weight.shape[0]))
 
     def tokens(self, state: FusionState) -> int:
-        rows, _ = state.rows_of(self.batch)
-        return self.y.shape[0] // len(rows.images)
+        return self.y.shape[0] // len(state.entries(self.batch).rows.images)
 
     def sampled(self, positions: tuple[int, ...], wanted: int, state: FusionState) -> tuple[Tensor, Tensor]:
         tokens = self.tokens(state)
@@ -115,18 +113,18 @@ class Tokens(View):
             x, y = (side.index_select(0, places) for side in sides)
         return x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, y.shape[-1])
 
-    def put(self, ballot: Ballot, place: int, positions: tuple[int, ...], images: tuple[int, ...], state: FusionState) -> bool:
-        rows, fold = state.rows_of(self.batch)
-        tokens = self.y.shape[0] // len(rows.images)
-        if sample_count(tokens, ballot.wanted) != ballot.samples:
+    def put(self, ballot: Ballot, place: int, entries: Entries, indices: RowIndices) -> bool:
+        tokens = self.y.shape[0] // len(entries.rows.images)
+        slot = ballot.slot(place, entries.positions, entries.images, tokens, indices)
+        if slot is None:
             return False
+        x_room, y_room, places = slot
         x, y = (self.x.detach(), self.y.detach()) if torch.is_grad_enabled() else (self.x, self.y)
-        x_room, y_room = ballot.room(place, images)
-        indices = state.indices(self.device)
-        places = indices.samples(positions, tokens, ballot.wanted)
         torch.index_select(y, 0, places, out=y_room)
-        if x.dim() == 3 and fold == 1:
-            _put_rows(x, positions, indices.samples((0,), tokens, ballot.wanted), x_room)
+        if x.dim() == 2:
+            torch.index_select(x, 0, places, out=x_room)
+        elif entries.fold == 1:
+            _put_rows(x, entries.positions, indices.samples((0,), tokens, ballot.wanted), x_room)
         else:
             torch.index_select(x.reshape(-1, x.shape[-1]), 0, places, out=x_room)
         return True
@@ -203,11 +201,10 @@ class Pixels(View):
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     def tokens(self, state: FusionState) -> int:
-        _, fold = state.rows_of(self.batch)
-        return fold * self.y.shape[2] * self.y.shape[3]
+        return state.entries(self.batch).fold * self.y.shape[2] * self.y.shape[3]
 
     def sampled(self, positions: tuple[int, ...], wanted: int, state: FusionState) -> tuple[Tensor, Tensor]:
-        rows, fold = state.rows_of(self.batch)
+        fold = state.entries(self.batch).fold
         entries = tuple(position * fold + k for position in positions for k in range(fold))
         at = state.indices(self.device).numbers(entries)
         pixels = self.y.shape[2] * self.y.shape[3]
@@ -218,15 +215,16 @@ class Pixels(View):
             x, y = x.index_select(1, places), y.index_select(1, places)
         return x, y
 
-    def put(self, ballot: Ballot, place: int, positions: tuple[int, ...], images: tuple[int, ...], state: FusionState) -> bool:
-        _, fold = state.rows_of(self.batch)
-        pixels = self.y.shape[2] * self.y.shape[3]
-        alike = fold == 1 and self._kernel == (1, 1) and self._pointwise
-        if not alike or sample_count(pixels, ballot.wanted) != ballot.samples:
+    def put(self, ballot: Ballot, place: int, entries: Entries, indices: RowIndices) -> bool:
+        if entries.fold != 1 or self._kernel != (1, 1) or not self._pointwise:
             return False
-        places = state.indices(self.device).samples((0,), pixels, ballot.wanted)
-        for side, room in zip((self.x.detach(), self.y.detach()), ballot.room(place, images)):
-            _put_rows(side.flatten(2).transpose(1, 2), positions, places, room)
+        pixels = self.y.shape[2] * self.y.shape[3]
+        slot = ballot.slot(place, entries.positions, entries.images, pixels, indices)
+        if slot is None:
+            return False
+        places = indices.samples((0,), pixels, ballot.wanted)
+        for side, room in zip((self.x.detach(), self.y.detach()), slot):
+            _put_rows(side.flatten(2).transpose(1, 2), entries.positions, places, room)
         return True
 
     def _patches(self, x: Tensor, state: FusionState) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .divergence import Workspace, largest_chunk, measured
 from .operators import Group
-from .rows import RowIndices
+from .rows import RowIndices, sample_count
 
 Images = tuple[int, ...]
 
@@ -42,14 +42,28 @@ class Ballot:
     samples: int
     wanted: int
     _boxes: dict[Images, Box] = field(default_factory=dict)
+    _slots: dict[tuple[tuple[int, ...], Images, int], tuple[Box, Tensor]] = field(default_factory=dict)
 
-    def room(self, place: int, images: Images) -> tuple[Tensor, Tensor]:
-        """Where a site's samples go, for one conditional row per entry of images: of its input, and of its base output."""
-        box = self._boxes.get(images)
-        if box is None:
-            box = self._boxes[images] = Box(self.group, len(images) * self.samples)
+    def slot(
+        self, place: int, positions: tuple[int, ...], images: Images, tokens: int, indices: RowIndices
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where a site's samples go, of its input and of its base output, and where they lie in its rows of so many tokens. None where
+        they are not as many as there is room for.
+
+        positions, images: of the conditional rows.
+        """
+        key = (positions, images, tokens)
+        known = self._slots.get(key)
+        if known is None:
+            if sample_count(tokens, self.wanted) != self.samples:
+                return None
+            if images not in self._boxes:
+                self._boxes[images] = Box(self.group, len(images) * self.samples)
+            known = self._slots[key] = self._boxes[images], indices.samples(positions, tokens, self.wanted)
+        box, places = known
         box.filled.add(place)
-        return box.rooms[place]
+        x, y = box.rooms[place]
+        return x, y, places
 
     @torch.no_grad()
     def counted(
