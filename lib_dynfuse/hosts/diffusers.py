@@ -156,6 +156,15 @@ class FusedPipeline:
             images, session.trace, session.report, notes + session.notes() + (record.notes if record else []), record, references
         )
 
+    @property
+    def layer_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """FusionSession.shapes of the denoiser."""
+        return self._new_session().shapes
+
+    def layer_weight(self, name: str) -> torch.Tensor:
+        """The weight of one of the denoiser's layers, on the CPU. name: dotted."""
+        return _weight_of(denoiser(self.pipeline).get_submodule(name)).detach().cpu()
+
     def _new_session(self) -> FusionSession:
         return FusionSession(denoiser(self.pipeline), self.subjects, self.styles, self.settings)
 
