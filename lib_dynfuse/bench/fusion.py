@@ -102,7 +102,7 @@ def measure(
     direct = FusionSession(unet, subject, style, FuseSettings(method="direct"))
 
     def session_step(session: FusionSession) -> None:
-        session.new_step()
+        session.begin()
         with session.attached(rows):
             unet(**inputs)
 

@@ -144,7 +144,7 @@ class GuidedStep:
             return guide.exact_shift(denoised, leaf, guide.schedule.level(_SIGMA), unit=(1 + _SIGMA**2) ** -0.5)
 
     def _denoised(self, rows: Tensor) -> Tensor:
-        self.session.new_step()
+        self.session.begin()
         with self.session.attached(Rows((0, 0), (False, True), 1)):
             uncond, cond = self.unet(**{**self.inputs, "sample": rows}).sample.chunk(2)
         noise = uncond + _CFG_SCALE * (cond - uncond)

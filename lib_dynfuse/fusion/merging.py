@@ -16,12 +16,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..lora import LoraError, LoraFile, MergeReport, Share, denoiser_aliases, norms_by_layer, text_factors, write_merged
+from ..lora import LoraError, LoraFile, MergeReport, Share, denoiser_aliases, norms_by_layer, text_strengths, write_merged
 from ..lora.export import Progress
 from ..lora.families import Shape, reference_layers, text_encoder
 from ..lora.naming import Site
 from ..settings import FuseSettings
-from ..strength import one_each
 from .rules import RULES
 from .session import FusionSession, factors_by_block
 from .trace import Trace
@@ -116,27 +115,6 @@ def shares(
         factors.update(zip(means.sites, means.weights[:, number].tolist()))
         made.append(Share(file, _looked_up(factors), _looked_up(texts[number])))
     return made
-
-
-def text_strengths(settings: FuseSettings, subjects: Sequence[LoraFile], styles: Sequence[LoraFile]) -> list[dict[str, float]]:
-    """For each LoRA, the strength of its part of each text encoder ("te1", "te2", "t5").
-
-    A weight that varies with the step counts in full: a prompt is encoded once.
-    """
-    schedules = (
-        *one_each(settings.subject_schedules, len(subjects), "subject_weight"),
-        *one_each(settings.style_schedules, len(styles), "style_weight"),
-    )
-    blocks = (
-        *one_each(settings.subject_block_texts, len(subjects), "subject_blocks"),
-        *one_each(settings.style_block_texts, len(styles), "style_blocks"),
-    )
-    strengths = [settings.te_weight * schedule.full for schedule in schedules]
-    families = {file.family for file in (*subjects, *styles)} - {None}
-    family = next(iter(families), None)
-    return [
-        {encoder: strength * factor for encoder, factor in text_factors(text, family).items()} for strength, text in zip(strengths, blocks)
-    ]
 
 
 def merge_files(
@@ -302,4 +280,4 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-__all__ = ["GUIDANCE_FIELDS", "Means", "Merged", "describe_merged", "merge_files", "merge_pictures", "shares", "text_strengths"]
+__all__ = ["GUIDANCE_FIELDS", "Means", "Merged", "describe_merged", "merge_files", "merge_pictures", "shares"]

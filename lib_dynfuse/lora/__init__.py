@@ -1,6 +1,6 @@
 """LoRA files: read in every dialect and kind, and matched to a model's layers."""
 
-from .blocks import Blocks, block_factors, text_factors
+from .blocks import Blocks, block_factors, text_factors, text_strengths
 from .branch import Branch, LoraError, LowRank, NormShift, bound, merged
 from .export import MergeReport, Share, check_target, merged_tensors, write_merged
 from .families import block_label, denoiser_aliases, is_attention, layer_label
@@ -35,5 +35,6 @@ __all__ = [
     "norms_by_layer",
     "read_lora",
     "text_factors",
+    "text_strengths",
     "write_merged",
 ]

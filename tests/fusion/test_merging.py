@@ -12,9 +12,9 @@ from torch import nn
 
 from lib_dynfuse import FuseSettings, FusionError, LoraError, Rows, SettingsError, read_lora
 from lib_dynfuse.fusion import RULES, FusionSession, Step
-from lib_dynfuse.fusion.merging import Means, describe_merged, merge_files, merge_pictures, text_strengths
+from lib_dynfuse.fusion.merging import Means, describe_merged, merge_files, merge_pictures
 from lib_dynfuse.fusion.rules import Rule
-from lib_dynfuse.lora import branches_by_site, denoiser_aliases
+from lib_dynfuse.lora import branches_by_site, denoiser_aliases, text_strengths
 from lib_dynfuse.lora.families import SD1, SDXL, reference_layers
 
 from .models import CONVOLUTION, Nested, lora_file, tokens_model

@@ -255,7 +255,8 @@ def test_kinds_that_depend_on_the_models_weights_need_them(tmp_path):
     with pytest.raises(LoraError) as error:
         write_merged(path, [Share(ink), Share(dog)], layers=SMALL)
     assert str(error.value) == (
-        "dog.safetensors cannot be merged into one file: 1 of its layers (DoRA (LoRA)) depend on the base model's own weights."
+        "dog.safetensors cannot be merged into one file: 1 of its layers (DoRA (LoRA)) depend on the base model's own weights; "
+        "generate --save-lora, which loads the model, can merge it."
     )
     factors = [lambda site: 0.5, lambda site: 2.0]
     shares = [Share(file, factor) for file, factor in zip((dog, ink), factors)]
