@@ -436,7 +436,7 @@ def test_places_where_nothing_can_be_written_are_named(tmp_path):
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
 def test_diffusers_knows_every_key(tmp_path, base):
     pytest.importorskip("diffusers")
-    from tests.hosts import tiny_pipelines
+    from tests.hosts.diffusers import tiny_pipelines
 
     pipeline = getattr(tiny_pipelines, base)()
     networks = [("unet", "lora_unet"), ("text_encoder", "lora_te1"), *([("text_encoder_2", "lora_te2")] if base == "sdxl" else [])]
@@ -453,7 +453,7 @@ def test_diffusers_knows_every_key(tmp_path, base):
 def test_diffusers_loads_the_file_and_makes_the_same_prediction(tmp_path, base):
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    from tests.hosts import tiny_pipelines
+    from tests.hosts.diffusers import tiny_pipelines
 
     pipeline = getattr(tiny_pipelines, base)()
     prefixes = {"sd": (("text_encoder", "lora_te"),), "sdxl": (("text_encoder", "lora_te1"), ("text_encoder_2", "lora_te2"))}[base]
