@@ -179,6 +179,13 @@ def merge_pictures(
 
 def describe_merged(merged: Merged) -> list[str]:
     """What a merged file holds, in lines for a person: its name, then (after two spaces) one property each."""
+    rows = properties(merged)
+    width = max(len(label) for label, _ in rows)
+    return [merged.path.name, *(f"  {label:<{width}}  {text}" for label, text in rows)]
+
+
+def properties(merged: Merged) -> list[tuple[str, str]]:
+    """(label, what a merged file holds)."""
     report, means = merged.report, merged.means
     names = [file.name for file in merged.files]
     rows = [
@@ -192,8 +199,7 @@ def describe_merged(merged: Merged) -> list[str]:
         rows += [("Left out", text) for text in _left_out(file, report)]
     if merged.guided:
         rows.append(("Left out", "the guidance, which no LoRA can hold"))
-    width = max(len(label) for label, _ in rows)
-    return [merged.path.name, *(f"  {label:<{width}}  {text}" for label, text in rows)]
+    return rows
 
 
 def _looked_up(factors: Mapping[Key, float]) -> Callable[[Key], float]:
@@ -280,4 +286,4 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-__all__ = ["GUIDANCE_FIELDS", "Means", "Merged", "describe_merged", "merge_files", "merge_pictures", "shares"]
+__all__ = ["GUIDANCE_FIELDS", "Means", "Merged", "describe_merged", "merge_files", "merge_pictures", "properties", "shares"]
