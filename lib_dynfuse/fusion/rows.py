@@ -95,17 +95,22 @@ class RowIndices:
             return tensor.to(self.device, copy=True)
 
 
+def sample_count(tokens: int, wanted: int) -> int:
+    """How many of a row's tokens are measured; 0 wanted: all."""
+    return min(tokens, wanted) if wanted else tokens
+
+
 def sampled_tokens(tokens: int, wanted: int) -> Tensor:
     """Which tokens are measured: one of each of `wanted` equal stretches, (min(tokens, wanted),) int64; 0 wanted: all.
 
     Its place in the stretch follows the golden ratio: a fixed one would take the same column of the picture again and again wherever
     the stretch is as long as the picture is wide.
     """
-    if not 0 < wanted < tokens:
+    if sample_count(tokens, wanted) == tokens:
         return torch.arange(tokens)
     number = torch.arange(wanted)
     starts = torch.arange(wanted + 1) * tokens // wanted
     return starts[:-1] + ((number * _GOLDEN) % 1.0 * starts.diff()).long()
 
 
-__all__ = ["RowIndices", "Rows", "sampled_tokens"]
+__all__ = ["RowIndices", "Rows", "sample_count", "sampled_tokens"]

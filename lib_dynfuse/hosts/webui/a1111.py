@@ -59,10 +59,10 @@ class A1111Samplers(Samplers):
     def noise_levels(self, cfg_denoiser: Any, values: Tensor) -> Tensor:
         if not self.works_on_eps(cfg_denoiser):
             return values
-        # Timesteps; UniPC's lie between whole ones.
-        alphas = cfg_denoiser.alphas.to(values.device, torch.float64)
+        # Timesteps; UniPC's lie between whole ones. On the CPU: not every device has float64.
+        alphas, values = cfg_denoiser.alphas.cpu().double(), values.cpu().double()
         levels = ((1.0 - alphas) / alphas).sqrt().log()
-        at = values.to(torch.float64).clamp(0, len(levels) - 1)
+        at = values.clamp(0, len(levels) - 1)
         below = at.floor().long()
         above = (below + 1).clamp(max=len(levels) - 1)
         return torch.lerp(levels[below], levels[above], at - below).exp()

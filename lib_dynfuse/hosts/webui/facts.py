@@ -66,7 +66,7 @@ class Sampling:
         samplers = self._samplers
         latent, sigma = argument(args, kwargs, 0, "x"), argument(args, kwargs, 1, "sigma")
         s = float(samplers.noise_levels(cfg_denoiser, sigma[:1]))
-        schedule = self._schedule_of(cfg_denoiser, latent.device)
+        schedule = self._schedule_of(cfg_denoiser)
         level = None
         if schedule is not None:
             level = level_of(cfg_denoiser.sampler, schedule, s, rectified=samplers.rectified_ancestral(cfg_denoiser))
@@ -81,9 +81,9 @@ class Sampling:
             denoised=lambda x, prediction: samplers.denoised(cfg_denoiser, x, s, prediction),
         )
 
-    def _schedule_of(self, cfg_denoiser: Any, device: torch.device) -> Schedule | None:
+    def _schedule_of(self, cfg_denoiser: Any) -> Schedule | None:
         if self._schedule is None and self._levels is not None:
-            values = torch.as_tensor(self._levels).flatten().to(device)
+            values = torch.as_tensor(self._levels).flatten()
             try:
                 self._schedule = Schedule(self._samplers.kind(cfg_denoiser), self._samplers.noise_levels(cfg_denoiser, values).tolist())
             except ValueError:  # no level above 0

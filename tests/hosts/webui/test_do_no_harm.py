@@ -394,10 +394,9 @@ class TestOurOwnErrors:
             ours.uninstall()
 
 
+@pytest.mark.parametrize("host_name", ["forge"])
 def test_a_plain_job_reads_nothing_of_the_patchers(webui):
     """Forge Neo's patchers have no lora_patches: reading it at every activation ended every job there."""
-    if webui.host.name != "Forge":
-        pytest.skip("A1111 has no patchers")
     clip = webui.shared.sd_model.forge_objects_original.clip
     store, patcher = clip.patcher.lora_patches, clip.patcher
     read = []

@@ -322,6 +322,99 @@ class TestRecord:
         assert result.comments == ""
 
 
+class TestSteps:
+    """Every pass knows its steps, guided or not."""
+
+    @pytest.fixture
+    def begun(self, monkeypatch):
+        from lib_dynfuse.hosts.webui.passes import FusionSession
+
+        steps = []
+        begin = FusionSession.begin
+        monkeypatch.setattr(FusionSession, "begin", lambda self, step=None: steps.append(step) or begin(self, step))
+        return steps
+
+    def test_of_both_passes(self, webui, begun):
+        webui.run(f"a cat {TAG}", steps=4, enable_hr=True)
+        assert [(step.index, step.count, step.sigma) for step in begun] == [(i, 4, 4.0 - i) for i in range(4)] * 2
+
+    def test_a_plain_job_has_none(self, webui, begun):
+        webui.run("a cat <lora:dog:1>", steps=4, enable_hr=True)
+        assert begun == []
+
+    def test_a_weight_over_the_steps_follows_them(self, webui):
+        tag = "<dynfuse:dog:watercolor:{}:1:method=direct:te_weight=0>"
+        assert close(webui.run(f"a cat {tag.format('0.3@0,0.9@1')}", steps=1), webui.run(f"a cat {tag.format(0.3)}", steps=1))
+        ramp = webui.run(f"a cat {tag.format('0.3@0,0.9@1')}", steps=3)
+        assert not close(ramp, webui.run(f"a cat {tag.format(0.3)}", steps=3))
+
+    def test_the_hires_pass_has_its_own_weights(self, webui):
+        own = webui.run("a cat <dynfuse:dog:watercolor:0.7:0.6:method=direct:hr=0.2/0.3>", enable_hr=True)
+        first, second = ("a cat <dynfuse:dog:watercolor:{}:{}:method=direct>".format(*weights) for weights in ((0.7, 0.6), (0.2, 0.3)))
+        assert close(own, webui.run(first, enable_hr=True, hr_prompt=second))
+
+
+class TestSeveralLoras:
+    def test_direct_equals_the_hosts_own_merge_of_all(self, webui, plain):
+        direct = webui.run("a cat <dynfuse:dog+sharp:watercolor:0.7+0.4:0.6:method=direct>")
+        assert close(direct, plain("a cat <lora:dog:0.7><lora:sharp:0.4><lora:watercolor:0.6>"))
+
+    def test_none_of_them_is_merged_when_a_lora_tag_names_it_too(self, webui):
+        tag = "<dynfuse:dog+sharp:watercolor>"
+        assert torch.equal(webui.run(f"a cat {tag}<lora:sharp:0.5>"), webui.run(f"a cat {tag}"))
+
+    def test_naming_one_twice_is_refused(self, webui):
+        with pytest.raises(RuntimeError, match="the same LoRA"):
+            webui.run("a cat <dynfuse:dog+doggo:watercolor>")
+
+    def test_the_trace_names_them(self, webui):
+        record = webui.host.last_pass(webui.process(Processing("a cat <dynfuse:dog+sharp:watercolor>")).p)
+        assert [(member.name, member.subject) for member in record.trace.members] == [
+            ("dog", True),
+            ("sharp", True),
+            ("watercolor", False),
+        ]
+
+
+@pytest.mark.parametrize("host_name", ["forge"])  # A1111 runs the prompt first
+class TestNegativePromptAloneAndFirst:
+    """Forge, when memory is short: the step's calls are made once more, with the choice that the prompt brought."""
+
+    @pytest.fixture
+    def short(self, webui):
+        webui.memory_is_short = True
+        return webui
+
+    def test_the_picture_is_that_of_one_call(self, short):
+        apart = short.process(Processing(f"a cat {TAG}", batch_size=2))
+        short.memory_is_short = False
+        assert close(apart.images, short.run(f"a cat {TAG}", batch_size=2))
+        assert "negative prompt" not in apart.comments
+
+    def test_each_call_is_made_twice_and_no_more(self, short):
+        calls = []
+        handle = unets(short.shared.sd_model).register_forward_pre_hook(lambda *args: calls.append(1))
+        short.run(f"a cat {TAG}", steps=3)
+        assert len(calls) == 3 * 2 * 2
+        calls.clear()
+        short.run("a cat", steps=3)
+        handle.remove()
+        assert len(calls) == 3 * 2
+
+    def test_the_name_is_the_hosts_own_again(self, short):
+        module = short.modules["modules.sd_samplers_cfg_denoiser"]
+        before = dict(vars(module))
+        short.run(f"a cat {TAG}")
+        assert dict(vars(module)) == before
+
+    def test_a_webui_without_such_a_place_decides_on_the_negative_prompt_and_says_so(self, short, monkeypatch):
+        from lib_dynfuse.hosts.webui.forge import ForgeDenoisers
+        from lib_dynfuse.hosts.webui.roles import Denoisers
+
+        monkeypatch.setattr(ForgeDenoisers, "model_calls", Denoisers.model_calls)
+        assert "made on the negative prompt" in short.process(Processing(f"a cat {TAG}")).comments
+
+
 class TestSessions:
     """What is prepared for one batch serves the next, and is gone with the job."""
 
