@@ -15,7 +15,7 @@ from lib_dynfuse.lora.families import FAMILIES, reference_layers
 
 from .writing import kohya, pair, peft, random, saved
 
-SD1, SD2, SDXL, FLUX = (family.name for family in FAMILIES)
+SD1, SD2, SDXL, FLUX = (family.name for family in FAMILIES[:4])
 ATTENTION = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 

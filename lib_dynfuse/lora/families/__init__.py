@@ -7,12 +7,19 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 
 from ..naming import Alias, Site, flat
+from .chroma import CHROMA
 from .family import Encoder, Evidence, Family, Layers, Shape, part_label
 from .flux import FLUX
 from .sd import SD1, SD2
 from .sdxl import SDXL
 
-FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, FLUX)
+FAMILIES: tuple[Family, ...] = (
+    SD1,
+    SD2,
+    SDXL,
+    FLUX,
+    CHROMA,
+)
 """Every known family, in the order in which they are asked."""
 
 # Of models of no known scheme: Wan's self_attn.q, Anima's cross_attn.q_proj, Krea 2's attn.wq, ERNIE-Image's self_attention.to_out.0.
@@ -145,6 +152,7 @@ def layer_label(site: Site) -> str:
 
 __all__ = [
     "FAMILIES",
+    "CHROMA",
     "FLUX",
     "SD1",
     "SD2",

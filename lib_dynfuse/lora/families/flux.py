@@ -91,13 +91,13 @@ class Flux(Transformer):
     unrecognised = "a transformer whose layers are named as Flux's"
     stacks = _STACKS
     ends = _ENDS
-    halves = HALVES
+    halves: tuple[str, str] | None = HALVES
     layouts = _LAYOUTS
     attention = frozenset({"img_attn.qkv", "txt_attn.qkv", "img_attn.proj", "txt_attn.proj", "linear1"})
     norms = re.compile(r"(?:.*_)?(?:(?:query|key)_norm|norm_(?:added_)?[qk])")
     within = within_of(_STACKS, _ENDS)
     variable_inputs = frozenset({"img_in", "x_embedder"})
-    labels = (
+    labels: tuple[tuple[re.Pattern[str], str], ...] = (
         (re.compile(r"(?:double_blocks|transformer_blocks)\.(\d+)(?:\.|$)"), "double {}"),
         (re.compile(r"(?:single_blocks|single_transformer_blocks)\.(\d+)(?:\.|$)"), "single {}"),
         (re.compile(r"(?:time_in|time_text_embed|vector_in|guidance_in)(?:\.|$)"), "embed"),
@@ -106,7 +106,7 @@ class Flux(Transformer):
     )
     flow = ("embed", "first", "double", "single", "last")
     block_synonyms = _SYNONYMS
-    text_blocks = ("t5",)
+    text_blocks: tuple[str, ...] = ("t5",)
     kohya_layout = "Flux BFL names"
 
     def scheme(self, layers: Layers) -> str | None:
