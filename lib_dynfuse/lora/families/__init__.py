@@ -10,6 +10,7 @@ from ..naming import Alias, Site, flat
 from .chroma import CHROMA
 from .family import Encoder, Evidence, Family, Layers, Shape, part_label
 from .flux import FLUX
+from .flux2 import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B
 from .sd import SD1, SD2
 from .sdxl import SDXL
 
@@ -19,6 +20,9 @@ FAMILIES: tuple[Family, ...] = (
     SDXL,
     FLUX,
     CHROMA,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_9B,
+    FLUX2_DEV,
 )
 """Every known family, in the order in which they are asked."""
 
@@ -154,6 +158,9 @@ __all__ = [
     "FAMILIES",
     "CHROMA",
     "FLUX",
+    "FLUX2_DEV",
+    "FLUX2_KLEIN_4B",
+    "FLUX2_KLEIN_9B",
     "SD1",
     "SD2",
     "SDXL",
