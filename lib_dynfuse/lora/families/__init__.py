@@ -11,6 +11,7 @@ from .chroma import CHROMA
 from .family import Encoder, Evidence, Family, Layers, Shape, part_label
 from .flux import FLUX
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B
+from .qwen_image import QWEN_IMAGE
 from .sd import SD1, SD2
 from .sdxl import SDXL
 
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     FLUX2_KLEIN_4B,
     FLUX2_KLEIN_9B,
     FLUX2_DEV,
+    QWEN_IMAGE,
 )
 """Every known family, in the order in which they are asked."""
 
@@ -161,6 +163,7 @@ __all__ = [
     "FLUX2_DEV",
     "FLUX2_KLEIN_4B",
     "FLUX2_KLEIN_9B",
+    "QWEN_IMAGE",
     "SD1",
     "SD2",
     "SDXL",
