@@ -11,6 +11,7 @@ from .chroma import CHROMA
 from .family import Encoder, Evidence, Family, Layers, Shape, part_label
 from .flux import FLUX
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B
+from .next_dit import LUMINA2, Z_IMAGE
 from .qwen_image import QWEN_IMAGE
 from .sd import SD1, SD2
 from .sdxl import SDXL
@@ -25,6 +26,8 @@ FAMILIES: tuple[Family, ...] = (
     FLUX2_KLEIN_9B,
     FLUX2_DEV,
     QWEN_IMAGE,
+    Z_IMAGE,
+    LUMINA2,
 )
 """Every known family, in the order in which they are asked."""
 
@@ -163,7 +166,9 @@ __all__ = [
     "FLUX2_DEV",
     "FLUX2_KLEIN_4B",
     "FLUX2_KLEIN_9B",
+    "LUMINA2",
     "QWEN_IMAGE",
+    "Z_IMAGE",
     "SD1",
     "SD2",
     "SDXL",
