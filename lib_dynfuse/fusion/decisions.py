@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -242,7 +243,7 @@ class Decisions:
         state = self._state
         self._blocks.clear()
         self._in_place = self._places = None
-        groups: dict[tuple[object, ...], list[FusedSite]] = {}
+        groups: dict[tuple[Any, ...], list[FusedSite]] = {}
         for site in self._sites:
             site.pair = site.ballot = None
             operators = site.operators
