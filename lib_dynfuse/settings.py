@@ -333,15 +333,15 @@ class FuseSettings:
     subject_blocks: str = setting(
         "",
         "Subject block weights",
-        f"Factors on the subject LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20 or 26 numbers that "
-        "block weights are often written as, or a preset's name. Empty: 1 everywhere.",
+        f"Factors on the subject LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20, 26 or 61 numbers "
+        "that block weights are often written as, or a preset's name. Empty: 1 everywhere.",
         canonical=_blocks,
     )
     style_blocks: str = setting(
         "",
         "Style block weights",
-        f"Factors on the style LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20 or 26 numbers that "
-        "block weights are often written as, or a preset's name. Empty: 1 everywhere.",
+        f"Factors on the style LoRA in parts of the model: blocks by name ({BLOCKS_EXAMPLE}), the list of 12, 17, 20, 26 or 61 numbers "
+        "that block weights are often written as, or a preset's name. Empty: 1 everywhere.",
         canonical=_blocks,
     )
     decide: str = setting(

@@ -16,7 +16,7 @@ from .errors import SettingsError
 
 SCHEDULE_EXAMPLE = "0@0,1@0.3,0.6@1"
 BLOCKS_EXAMPLE = "in4-in8=0.5,out3=0"
-NUMBER_COUNTS = (12, 17, 20, 26)
+NUMBER_COUNTS = (12, 17, 20, 26, 61)
 
 # "1e+5" is one number.
 _JOINT = re.compile(r"(?<![\d.][eE])\+")
@@ -118,7 +118,7 @@ class BlockText:
 
 
 def parse_blocks(text: str, name: str = "the blocks' text") -> BlockText:
-    """`in4-in8=0.5,out3=0`, or 12, 17, 20 or 26 numbers with commas between them, or the name of a preset; empty for factors of 1.
+    """`in4-in8=0.5,out3=0`, or 12, 17, 20, 26 or 61 numbers with commas between them, or the name of a preset; empty for factors of 1.
 
     name: of the setting, for the message. Raises SettingsError: one sentence.
     """

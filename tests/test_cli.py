@@ -127,7 +127,7 @@ def test_the_help_explains_every_setting_and_command(capsys):
         (["--bias", "-1"], ["--bias", "at least 0"]),
         (["--weights", "1", "much"], ["--weights", "number", "'much'"]),
         (["--weights", "1@2.5,0@0", "1"], ["--weights", "whole number of a step"]),
-        (["--style-blocks", "1,2,3"], ["--style-blocks", "12, 17, 20 or 26 numbers", "not 3"]),
+        (["--style-blocks", "1,2,3"], ["--style-blocks", "12, 17, 20, 26 or 61 numbers", "not 3"]),
         (["--hr", "1/1/1"], ["--hr", "SUBJECT/STYLE"]),
         (["--decide", "later"], ["--decide", "next, now"]),
         (["--vote-tokens", "-1"], ["--vote-tokens", "at least 0"]),

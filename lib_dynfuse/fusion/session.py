@@ -14,7 +14,7 @@ Hosts keep the session for a pass and attach it around each model call instead:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,12 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora import LoraFile, branches_by_site, compatible, denoiser_aliases, is_attention, layer_label, norms_by_layer
+from ..lora import (
+    Blocks,
+    LoraFile,
+    block_factors,
+    branches_by_site,
+    compatible,
+    denoiser_aliases,
+    is_attention,
+    layer_label,
+    norms_by_layer,
+)
 from ..lora.branch import Dense, LoraError, LowRank, NormShift
 from ..lora.matching import SiteBranch
 from ..lora.naming import Site
-from ..settings import FuseSettings
-from ..strength import one_each
+from ..settings import FuseSettings, SettingsError
+from ..strength import BlockText, one_each
 from .call import FusionState
 from .decisions import Decisions
 from .layer import FusedLayer, FusedSite
@@ -274,7 +284,7 @@ def _find_layers(
         # compared it counts: the others win every layer against it.
         branches = [found if schedule.full else {} for found, schedule in zip(branches, state.schedules)]
         norms = [found if schedule.full else {} for found, schedule in zip(norms, state.schedules)]
-    factors = block_factors_of(settings, files, subjects, modules)
+    factors = _block_factors(settings, files, subjects, modules)
     constants = [1.0 if schedule.constant is None else schedule.constant for schedule in state.schedules]
     order = {name: position for position, name in enumerate(modules)}
     by_layer: dict[str, list[FusedSite]] = {}
@@ -307,11 +317,26 @@ def _find_layers(
     return layers
 
 
-def block_factors_of(
-    settings: FuseSettings, files: Sequence[LoraFile], subjects: int, layers: dict[str, nn.Module]
+def _block_factors(
+    settings: FuseSettings, files: Sequence[LoraFile], subjects: int, layers: Iterable[str]
 ) -> list[Callable[[Site], float]]:
-    """For each LoRA, the factor that the settings' block weights put on it at a site."""
-    return [lambda site: 1.0 for _ in files]
+    """For each LoRA, the factor that the settings' block weights put on it at a site. Raises FusionError for blocks that do not exist."""
+    texts = (
+        *one_each(settings.subject_block_texts, subjects, "subject_blocks"),
+        *one_each(settings.style_block_texts, len(files) - subjects, "style_blocks"),
+    )
+    if texts == (BlockText(),) * len(files):
+        return [lambda site: 1.0 for _ in files]
+    blocks = Blocks.of_model(layers)
+
+    def factor_of(text: BlockText) -> Callable[[Site], float]:
+        factors = block_factors(text, blocks)
+        return lambda site: factors[blocks.of(site)]
+
+    try:
+        return [factor_of(text) for text in texts]
+    except SettingsError as reason:
+        raise FusionError(str(reason)) from None
 
 
 def _fitted(site: Site, binding: SiteBranch, module: nn.Module) -> SiteBranch:

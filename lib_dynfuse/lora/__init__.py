@@ -1,6 +1,8 @@
 """LoRA files: read in every dialect and kind, and matched to a model's layers."""
 
+from .blocks import Blocks, block_factors, text_factors
 from .branch import Branch, LoraError, LowRank, NormShift, bound, merged
+from .export import MergeReport, Share, merged_tensors, write_merged
 from .families import block_label, denoiser_aliases, is_attention, layer_label
 from .matching import SiteBranch, branches_by_site, compatible, norms_by_layer
 from .naming import Alias, Part, Site
@@ -8,14 +10,18 @@ from .reader import LoraFile, read_lora
 
 __all__ = [
     "Alias",
+    "Blocks",
     "Branch",
     "LoraError",
     "LoraFile",
     "LowRank",
+    "MergeReport",
     "NormShift",
     "Part",
+    "Share",
     "Site",
     "SiteBranch",
+    "block_factors",
     "block_label",
     "bound",
     "branches_by_site",
@@ -24,6 +30,9 @@ __all__ = [
     "is_attention",
     "layer_label",
     "merged",
+    "merged_tensors",
     "norms_by_layer",
     "read_lora",
+    "text_factors",
+    "write_merged",
 ]

@@ -108,6 +108,7 @@ class FromWeight:
     make: W0 float32 (out, in[, kh, kw]) -> dW float32 of the same shape and device, at strength 1.
     out: number of output rows that `make` expects, None where any fits.
     shape: shape of the layer's weight where the tensors tell it, else None.
+    only_bias: dW is 0 whatever the weight; `bias` is the whole change.
     """
 
     make: Callable[[Tensor], Tensor]
@@ -115,6 +116,7 @@ class FromWeight:
     bias: Tensor | None = None
     out: int | None = None
     shape: tuple[int, ...] | None = None
+    only_bias: bool = False
 
     def bind(self, weight: Tensor) -> Dense:
         """The branch for a layer of this weight, (out, in[, kh, kw]), any float dtype, already dequantised."""

@@ -124,7 +124,7 @@ def full(tensors: Tensors) -> Dense | FromWeight | NormShift:
     diff, bias = tensors.get("diff"), tensors.get("diff_b")
     if diff is None:
         assert bias is not None
-        return FromWeight(torch.zeros_like, bias=bias, out=bias.shape[0])
+        return FromWeight(torch.zeros_like, bias=bias, out=bias.shape[0], only_bias=True)
     if diff.dim() == 1:
         return NormShift(diff, bias)
     _need(diff.dim() in (2, 4), f"its difference is {_size(diff)}, neither a matrix nor a kernel")

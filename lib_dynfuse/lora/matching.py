@@ -41,7 +41,7 @@ class SiteBranch:
         own = self.branch.shape
         if own is not None:
             if self.source is not None:
-                own = (self._rows(self.source, own[0])[1], *own[1:])
+                own = (self.rows(self.source, own[0])[1], *own[1:])
             if not self._fits(site, own, self._wanted(site, shape)):
                 raise self._misfit(site, own, self._wanted(site, shape))
         return replace(self, shape=tuple(shape))
@@ -68,7 +68,7 @@ class SiteBranch:
         else:
             made = bound(branch, layer_weight)
         if self.source is not None:
-            made = made.rows(*self._rows(self.source, made.shape[0]))
+            made = made.rows(*self.rows(self.source, made.shape[0]))
         return made if shape is None else self._in_form(made, self._wanted(site, shape), site)
 
     def _rows_of_file(self, site: Site, weight: Tensor) -> Tensor:
@@ -76,10 +76,11 @@ class SiteBranch:
         parts = self.whole or ((site.part,) if site.part is not None else ())
         if not parts:
             return weight
-        spans = [self._rows(part, weight.shape[0]) for part in parts]
+        spans = [self.rows(part, weight.shape[0]) for part in parts]
         return torch.cat([weight[start : start + length] for start, length in spans])
 
-    def _rows(self, part: Part, total: int) -> tuple[int, int]:
+    def rows(self, part: Part, total: int) -> tuple[int, int]:
+        """(first row, number of rows) of a part of `total` rows. Raises LoraError, naming layer and file, if they do not divide."""
         try:
             return part.rows(total)
         except ValueError as error:
@@ -87,7 +88,7 @@ class SiteBranch:
 
     def _wanted(self, site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the site's rows of the layer's weight."""
-        return tuple(shape) if site.part is None else (self._rows(site.part, shape[0])[1], *shape[1:])
+        return tuple(shape) if site.part is None else (self.rows(site.part, shape[0])[1], *shape[1:])
 
     def _fits(self, site: Site, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
         if shape[0] == wanted[0] and math.prod(shape) == math.prod(wanted):

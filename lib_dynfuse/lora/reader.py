@@ -6,6 +6,7 @@ bf16) and are not computed with, so that a file of 200 MB takes about a second.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -18,9 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
+from ..reasons import first_line
+from . import families
 from .branch import Branch, Dense, LoraError, LowRank, NormShift
 from .families import (
-    FAMILIES,
     has_variable_input,
     is_kernel,
     is_norm,
@@ -86,6 +88,7 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     if not any(_changes_something(roles) for roles in groups.values()):
         raise LoraError(_no_lora(path, list(parsed)))
     tensors = load([key for roles in groups.values() for key in roles.values()])
+    _refuse_infinite(path, tensors)
     return _taken_apart(path, groups, tensors, unmatched, list(dict.fromkeys(embeddings)), metadata, parsed)
 
 
@@ -136,9 +139,9 @@ def _taken_apart(
         if rank is not None:
             ranks[rank] += 1
     if len(unknown) == len(denoiser) + len(norms) + sum(len(layers) for layers in text.values()):
-        families = ", ".join(known.name for known in FAMILIES)
+        names = ", ".join(known.name for known in families.FAMILIES)
         raise LoraError(
-            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {families}."
+            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {names}."
             if unknown
             else _no_lora(path, list(parsed))
         )
@@ -204,13 +207,13 @@ def _opened_safetensors(path: Path, beginning: bytes, size: int) -> tuple[list[s
                 # Clones, because a tensor that safetensors maps from the file would change, or kill the process, with the file.
                 return {key: file.get_tensor(key).clone() for key in keys}
         except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise LoraError(f"{path.name} cannot be read: {_first_line(error)}.") from None
+            raise LoraError(f"{path.name} cannot be read: {first_line(error)}.") from None
 
     try:
         with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
             return list(file.keys()), load, dict(file.metadata() or {})
     except SafetensorError as error:
-        reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else _first_line(error)
+        reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else first_line(error)
         raise LoraError(f"{path.name} cannot be read: {reason}.") from None
 
 
@@ -220,7 +223,7 @@ def _opened_pickle(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
     except pickle.UnpicklingError:
         raise LoraError(f"{path.name} was not opened: it is damaged or holds other things than tensors, which might be code.") from None
     except Exception as error:  # a damaged pickle makes its reader fail in any way, struct.error and AssertionError among them
-        raise LoraError(f"{path.name} cannot be read: it is damaged ({_first_line(error)}).") from None
+        raise LoraError(f"{path.name} cannot be read: it is damaged ({first_line(error)}).") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     # A1111 replaces torch.load by its own check, which prints its refusal and returns None.
@@ -230,8 +233,16 @@ def _opened_pickle(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
     return list(tensors), lambda keys: {key: tensors[key] for key in keys}, {}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _refuse_infinite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise LoraError if a tensor holds NaN or an infinity, which would make every picture black, even at weight 0."""
+    for key, tensor in tensors.items():
+        # A sum costs a fraction of looking at each number, and only finite numbers can have a finite one.
+        if not tensor.is_floating_point() or math.isfinite(tensor.sum(dtype=torch.float32).item()):
+            continue
+        numbers = tensor.float()
+        if not torch.isfinite(numbers).all():
+            what = "NaN, which is no number" if numbers.isnan().any() else "an infinite number"
+            raise LoraError(f"{path.name} cannot be used: its tensor {key} holds {what}.")
 
 
 def _changes_something(roles: Mapping[str, str]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ..hosts.base import WebUIHost
+from ..hosts.webui.host import WebUIHost
 from ..settings import LORA_FIELDS, PRESETS, FuseSettings, SettingsError, field_metadata, field_types, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
@@ -107,7 +107,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
         return f"dynfuse_{tab}_{name}"
 
     def choices() -> dict[str, list[str]]:
-        return {"choices": host.lora_names()}
+        return {"choices": host.catalogue.names()}
 
     fields: dict[str, Any] = {}
 
@@ -139,7 +139,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
                         add(f"{name}_weight")
                 _quietly(dropdown.change, functools.partial(_thumbnails, host), inputs=[dropdown], outputs=[thumbnail])
             with gr.Column(elem_classes=["dynfuse-refresh"], scale=0, min_width=40):
-                create_refresh_button([fields[name] for name in LORA_FIELDS], host.refresh, choices, element("refresh"))
+                create_refresh_button([fields[name] for name in LORA_FIELDS], host.catalogue.refresh, choices, element("refresh"))
         with gr.Row(elem_classes=["dynfuse-row"]):
             add("method")
             add("criterion")
@@ -246,7 +246,7 @@ def paste_functions(host: WebUIHost) -> Mapping[str, Callable[[Mapping[str, Any]
 
 def renaming(host: WebUIHost) -> Callable[[str, str | None], str]:
     """The host's answer to infotext.known_name."""
-    return infotext.known_name(lambda name: host.lora_path(name) is not None, host.lora_name_by_hash)
+    return infotext.known_name(lambda name: host.catalogue.path(name) is not None, host.catalogue.name_by_hash)
 
 
 def warn_about_paste(entries: Mapping[str, Any], host: WebUIHost) -> None:
@@ -269,7 +269,7 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     metadata = field_metadata(name)
     common = {"label": metadata["label"], "value": getattr(FuseSettings(), name), "elem_id": element}
     if name in LORA_FIELDS:
-        control = gr.Dropdown(**{**common, "value": []}, choices=host.lora_names(), multiselect=True, **_custom_values())
+        control = gr.Dropdown(**{**common, "value": []}, choices=host.catalogue.names(), multiselect=True, **_custom_values())
     elif name in ("method", "criterion"):
         control = gr.Radio(choices=list(metadata["choices"]), **common)
     elif metadata["picture"]:
@@ -329,7 +329,7 @@ def _thumbnails(host: WebUIHost, names: Sequence[str] | None) -> str:
 
 
 def _thumbnail(host: WebUIHost, name: str) -> str:
-    path = host.lora_preview(name) if name else None
+    path = host.catalogue.preview(name) if name else None
     address = pictures.thumbnail_address(path) if path else None
     if address is None:
         return f'<div class="dynfuse-thumbnail dynfuse-no-picture">{"no preview" if name else ""}</div>'

@@ -16,7 +16,7 @@ from ..fusion import Trace, selection_map
 from ..guidance import curve
 from ..guidance.guide import GuidanceRecord
 from ..guidance.references import Reference
-from ..hosts.fusion_pass import FusionPass
+from ..hosts.webui.passes import FusionPass
 from ..settings import FuseSettings
 from . import options, pictures
 

@@ -244,7 +244,7 @@ def test_damaged_tensors_refuse_the_whole_file_and_name_the_layer(tmp_path):
         "but no lora_down": {f"{ATTENTION}.lora_up.weight": random(6, 2), f"{ATTENTION}.alpha": torch.tensor(1.0)},
         "differ in rank": kohya(ATTENTION, random(2, 768), random(6, 3)),
         "mixes the tensors": kohya(ATTENTION, *pair(6, 768)) | {f"{ATTENTION}.diff": random(6, 768)},
-        "alpha is inf": kohya(ATTENTION, *pair(6, 768), float("inf")),
+        "holds an infinite number": kohya(ATTENTION, *pair(6, 768), float("inf")),
     }
     for reason, tensors in cases.items():
         message = refusal(saved(tmp_path, good | tensors))
@@ -252,6 +252,52 @@ def test_damaged_tensors_refuse_the_whole_file_and_name_the_layer(tmp_path):
         assert layer in message
     twice = kohya(ATTENTION, *pair(6, 768)) | peft("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", *pair(6, 768))
     assert "twice" in refusal(saved(tmp_path, twice))
+
+
+KINDS = {
+    "LoRA": {"lora_down.weight": (2, 768), "lora_up.weight": (6, 2), "alpha": ()},
+    "LoRA with mid": {"lora_down.weight": (2, 768, 1, 1), "lora_mid.weight": (2, 2, 3, 3), "lora_up.weight": (6, 2, 1, 1)},
+    "PEFT": {"lora_A.weight": (2, 768), "lora_B.weight": (6, 2), "lora_B.bias": (6,), "lora_magnitude_vector": (6,)},
+    "LoHa": {"hada_w1_a": (6, 2), "hada_w1_b": (2, 768), "hada_w2_a": (6, 2), "hada_w2_b": (2, 768)},
+    "LoKr": {"lokr_w1": (2, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (2, 384)},
+    "full": {"diff": (6, 768), "diff_b": (6,)},
+    "norm": {"w_norm": (6,), "b_norm": (6,)},
+    "DoRA": {"lora_down.weight": (2, 768), "lora_up.weight": (6, 2), "dora_scale": (6, 1)},
+    "IA3": {"weight": (768,), "on_input": ()},
+    "OFT": {"oft_blocks": (2, 3, 3), "rescale": (6, 1)},
+    "old OFT": {"oft_diag": (2, 3, 3)},
+    "BOFT": {"oft_blocks": (1, 3, 2, 2)},
+    "GLoRA": {"a1.weight": (768, 2), "a2.weight": (2, 768), "b1.weight": (6, 2), "b2.weight": (2, 768)},
+}
+
+
+@pytest.mark.parametrize(("kind", "role"), [(kind, role) for kind, roles in KINDS.items() for role in roles])
+def test_numbers_that_are_not_finite_are_refused_by_file_and_tensor(tmp_path, kind, role):
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k" if kind == "PEFT" else ATTENTION
+    tensors = {f"{name}.{key}": torch.ones(()) if shape == () else random(*shape) for key, shape in KINDS[kind].items()}
+    read_lora(saved(tmp_path, tensors))
+    for bad, what in ((float("nan"), "NaN"), (float("inf"), "infinite"), (-float("inf"), "infinite")):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            broken = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+            broken[f"{name}.{role}"].reshape(-1)[-1] = bad
+            message = refusal(saved(tmp_path, broken))
+            assert f"its tensor {name}.{role} holds" in message
+            assert what in message
+
+
+def test_a_text_encoders_numbers_must_be_finite_too(tmp_path):
+    down, up = pair(6, 4)
+    up[3, 1] = float("nan")
+    assert f"{TEXT}.lora_up.weight" in refusal(saved(tmp_path, kohya(ATTENTION, *pair(6, 768)) | kohya(TEXT, down, up)))
+    torch.save(kohya(TEXT, down, up), tmp_path / "dog.pt")
+    assert f"{TEXT}.lora_up.weight" in refusal(tmp_path / "dog.pt")
+
+
+def test_large_finite_numbers_are_read(tmp_path):
+    """Their sum is beyond the largest number of the type."""
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        down, up = (torch.full(shape, torch.finfo(dtype).max, dtype=dtype) for shape in ((2, 768), (6, 2)))
+        assert len(read_lora(saved(tmp_path, kohya(ATTENTION, down, up))).denoiser) == 1
 
 
 def test_one_wrong_shape_among_a_base_models_own_is_a_damaged_file(tmp_path):

@@ -26,7 +26,7 @@ def trace(steps=3):
 
 
 def fusion_pass(*notes, hires=False, with_trace=True, guidance=None):
-    """What hosts.fusion_pass.FusionPass shows of a finished pass."""
+    """What hosts.webui.passes.FusionPass shows of a finished pass."""
     settings = FuseSettings(subject="<dog>", style="watercolor")
     seen = trace() if with_trace else None
     return types.SimpleNamespace(trace=seen, settings=settings, notes=list(notes), hires=hires, guidance=guidance)
@@ -37,7 +37,7 @@ def record(steps=3):
 
 
 def guidance(steps=3, prompt="a <b>dog</b>"):
-    """What hosts.guided_pass.GuidedPass shows of a finished pass; steps None: it ended before the first."""
+    """What hosts.webui.guided.GuidedPass shows of a finished pass; steps None: it ended before the first."""
     embeddings = Embeddings(torch.ones(1, 1), torch.ones(1, 1))
     references = [
         Reference("subject", Image.new("RGB", (900, 450), "red"), embeddings, prompt),

@@ -17,25 +17,20 @@ RULES: dict[str, type[Rule]] = {}
 """The methods by the value of the setting `method`."""
 
 
-def register(rule: type[Rule]) -> type[Rule]:
-    """Make a rule a method. Raises ValueError for a name that another has."""
-    if RULES.get(rule.name, rule) is not rule:
-        raise ValueError(f"two rules are named {rule.name!r}")
-    RULES[rule.name] = rule
-    register_method(rule.name, rule.summary)
-    return rule
+def discover() -> None:
+    """Register the rules of all modules here. Raises ValueError for two of one name."""
+    found: list[type[Rule]] = []
+    for entry in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        classes = (thing for _, thing in inspect.getmembers(module, inspect.isclass) if thing.__module__ == module.__name__)
+        found += [thing for thing in classes if issubclass(thing, Rule) and not inspect.isabstract(thing)]
+    # The paper's own comes first where methods are listed.
+    for rule in sorted(found, key=lambda rule: (rule.name != "dynfuse", rule.name)):
+        if RULES.setdefault(rule.name, rule) is not rule:
+            raise ValueError(f"two rules are named {rule.name!r}")
+        register_method(rule.name, rule.summary)
 
 
-def _found() -> list[type[Rule]]:
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-    classes = [
-        thing for module in modules for _, thing in inspect.getmembers(module, inspect.isclass) if thing.__module__ == module.__name__
-    ]
-    return [thing for thing in classes if issubclass(thing, Rule) and not inspect.isabstract(thing)]
+discover()
 
-
-for _rule in sorted(_found(), key=lambda rule: (rule.name != "dynfuse", rule.name)):
-    register(_rule)
-
-
-__all__ = ["RULES", "Member", "Places", "Rule", "Votes", "register"]
+__all__ = ["RULES", "Member", "Places", "Rule", "Votes", "discover"]

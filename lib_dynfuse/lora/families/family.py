@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..naming import Alias, Part, Site, flat
 
@@ -42,27 +43,43 @@ class Evidence:
         return [shape[1] for name, shape in self.shapes.items() if name.endswith(endings) and len(shape) > 1]
 
 
+_NOTHING = re.compile(r"(?!)")
+_NONE: Mapping[Any, Any] = {}
+
+
 class Family(ABC):
-    """A family of base models.
+    """A family of base models. What has a default here need not be given by a family that has no such thing.
 
     name: "SDXL"; it is LoraFile.family. kind, unrecognised: for sentences about files of one of the families that share its layouts.
     layouts: scheme -> the flat names that it may give to the denoiser's layers, whatever the model's size. The published model
     (`layers`) serves reports and recognition; whether a LoRA fits a model at hand is decided by that model's own layers.
-    kernels, norms: flat names of its 3 x 3 convolutions and of its normalisation layers.
+    labels: beginning of a dotted layer name -> label of its block: "in 4", "mid".
+    flow: the kinds of its blocks ("in", "mid") in the order in which data meets them; blocks of one kind are numbered in that order.
+    kohya_layout: the layout in which sd-scripts names the layers. kernels, norms: flat names of the 3 x 3 convolutions and of the
+    normalisation layers.
     variable_inputs: dotted names of layers whose input widths differ between variants of one base model (inpainting, control).
-    encoders: its text encoders, under "te1" (CLIP-L, or the only CLIP), "te2" (CLIP-G), "t5".
-    labels: beginning of a dotted layer name -> label of its block.
+    encoders: the text encoders, under "te1" (CLIP-L, or the only CLIP), "te2" (CLIP-G), "t5"; kohya_text: how sd-scripts' keys of each
+    begin. metadata: what sd-scripts' metadata says of the base model.
+    forms, presets, block_synonyms, text_blocks: see Blocks; the names are those of the published model's blocks.
     """
 
     name: str
     kind: str
     unrecognised: str
     layouts: Mapping[str, re.Pattern[str]]
-    kernels: re.Pattern[str]
-    norms: re.Pattern[str]
-    variable_inputs: frozenset[str]
-    encoders: Mapping[str, Encoder]
     labels: tuple[tuple[re.Pattern[str], str], ...]
+    flow: tuple[str, ...]
+    kohya_layout: str
+    kernels: re.Pattern[str] = _NOTHING
+    norms: re.Pattern[str] = _NOTHING
+    variable_inputs: frozenset[str] = frozenset()
+    encoders: Mapping[str, Encoder] = _NONE
+    kohya_text: Mapping[str, str] = _NONE
+    metadata: Mapping[str, str] = _NONE
+    forms: Mapping[int, tuple[str, ...]] = _NONE
+    presets: Mapping[str, tuple[str, ...]] = _NONE
+    block_synonyms: Mapping[str, str] = _NONE
+    text_blocks: tuple[str, ...] = ()
 
     @abstractmethod
     def layers(self) -> Iterator[tuple[str, Shape]]:
@@ -87,9 +104,24 @@ class Family(ABC):
     def is_attention(self, site: Site) -> bool:
         """Whether the site is a query, key, value or output projection of an attention, in any scheme of the family."""
 
-    @abstractmethod
+    def authors_names(self, names: Sequence[str]) -> Mapping[str, str]:
+        """A model's dotted layer names -> the same in the scheme whose blocks are counted; containers of layers may be left out."""
+        return {name: name for name in names}
+
+    def blocks(self, names: Sequence[str]) -> dict[str, str] | None:
+        """Layer -> its block as the authors' scheme numbers it ("in4", "mid", "double0"), whichever scheme names the layers.
+
+        names: the model's dotted layer names; None if they are not in a scheme of this family. Layers outside of all blocks are left out.
+        """
+        if self.aliases(names) is None:
+            return None
+        labels = {name: self.block_label(Site(author)) for name, author in self.authors_names(names).items()}
+        return {name: label.replace(" ", "") for name, label in labels.items() if label is not None}
+
     def layer_label(self, site: Site) -> str | None:
         """Name of a site for reports and pictures; it begins with `block_label`. None for a layer that is not this family's."""
+        block, part = self.block_label(site), part_label(site.part)
+        return None if block is None else f"{block} {site.layer}{'.' + part if part else ''}"
 
     def block_label(self, site: Site) -> str | None:
         """Short name of the block a site lies in, for pictures; None for a layer that is not this family's."""
@@ -97,6 +129,11 @@ class Family(ABC):
             if found := pattern.match(site.layer):
                 return label.format(*found.groups())
         return None
+
+    def place(self, block: str) -> tuple[int, int]:
+        """Sorts blocks into the order in which data meets them."""
+        kind = block.rstrip("0123456789")
+        return self.flow.index(kind), int(block[len(kind) :] or 0)
 
 
 def either(paths: Iterable[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from ..naming import Alias, Part, Site, flat
 from .encoders import CLIP_L, T5
@@ -76,12 +75,19 @@ _LAYOUTS = {
 }
 _ENCODERS = {"te1": CLIP_L, "t5": T5}
 
+# sd-webui-lora-block-weight's 61 numbers: CLIP, T5, IN, D00 to D18, S00 to S37, OUT.
+_FORMS = {
+    61: ("base", "t5", "embed-first", *(f"double{n}" for n in range(19)), *(f"single{n}" for n in range(38)), "last"),
+}
+_PRESETS = {"DOUBLE": ("base", "t5", "double0-double18"), "SINGLE": ("base", "t5", "single0-single37")}
+_KOHYA_TEXT = {"te1": "lora_te1_", "t5": "lora_te3_"}
+_METADATA = {"ss_base_model_version": "flux1", "ss_v2": "False", "modelspec.architecture": "flux-1-dev/lora"}
+_SYNONYMS = {"clip": "base", "d": "double", "s": "single"}
 
-@dataclass(frozen=True, eq=False)
+
 class Flux(Family):
     """A family whose denoiser has Flux's double and single blocks. width: of its features; double, single: numbers of blocks."""
 
-    name: str
     width: int
     double: int
     single: int
@@ -89,7 +95,6 @@ class Flux(Family):
     kind = "a Flux model"
     unrecognised = "a transformer whose layers are named as Flux's"
     layouts = _LAYOUTS
-    kernels = re.compile(r"(?!)")
     norms = re.compile(r"(?:.*_)?(?:(?:query|key)_norm|norm_(?:added_)?[qk])")
     variable_inputs = frozenset({"img_in", "x_embedder"})
     encoders = _ENCODERS
@@ -100,6 +105,11 @@ class Flux(Family):
         (re.compile(r"(?:img_in|txt_in|x_embedder|context_embedder)(?:\.|$)"), "first"),
         (re.compile(r"(?:final_layer|norm_out|proj_out)(?:\.|$)"), "last"),
     )
+    flow = ("embed", "first", "double", "single", "last")
+    block_synonyms = _SYNONYMS
+    text_blocks = ("t5",)
+    kohya_layout = "Flux BFL names"
+    kohya_text = _KOHYA_TEXT
 
     def layers(self) -> Iterator[tuple[str, Shape]]:
         """As of FLUX.1 [dev], the guidance embedding included; heads of 128."""
@@ -136,12 +146,8 @@ class Flux(Family):
         return 0 if _SD3_WIDTHS.intersection(evidence.input_widths(("attn_to_q", "attn_to_k", "attn_to_v"))) else 4
 
     def aliases(self, names: Sequence[str]) -> Iterator[tuple[str, list[Alias]]] | None:
-        first = {name.split(".", 1)[0] for name in names}
-        if first & {"double_blocks", "single_blocks"}:
-            return _bfl_aliases(names)
-        if "single_transformer_blocks" in first or any(".attn.add_q_proj" in name for name in names):
-            return _diffusers_aliases(names)
-        return None
+        scheme = _scheme(names)
+        return None if scheme is None else _bfl_aliases(names) if scheme == "BFL" else _diffusers_aliases(names)
 
     def is_attention(self, site: Site) -> bool:
         name = site.layer
@@ -166,7 +172,22 @@ class Flux(Family):
         return f"{block} {name}{'.' + part if part else ''}"
 
 
-FLUX = Flux("Flux", width=3072, double=19, single=38)
+class _Flux1(Flux):
+    name = "Flux"
+    width, double, single = 3072, 19, 38
+    forms = _FORMS
+    presets = _PRESETS
+    metadata = _METADATA
+
+
+FLUX = _Flux1()
+
+
+def _scheme(names: Sequence[str]) -> str | None:
+    first = {name.split(".", 1)[0] for name in names}
+    if first & {"double_blocks", "single_blocks"}:
+        return "BFL"
+    return "diffusers" if "single_transformer_blocks" in first or any(".attn.add_q_proj" in name for name in names) else None
 
 
 def _part_name(site: Site) -> str:

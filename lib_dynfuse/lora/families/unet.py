@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from ..naming import Alias, Site, flat
-from .family import Encoder, Evidence, Family, Shape, either, part_label
+from .family import Evidence, Family, Shape, either
 
 # The two halves of a U-Net's names that differ between the schemes; everything inside an attention block is the same in both.
 _RESIDUAL = {
@@ -45,23 +44,22 @@ _LAYOUTS = {
     ),
 }
 
+_SYNONYMS = {"m": "mid", "middle": "mid"}
 
-@dataclass(frozen=True, eq=False)
+
 class UNet(Family):
     """A family whose denoiser is LDM's U-Net (openaimodel.py): two residual blocks per level, 320 channels at the first.
 
     multipliers: of the channels, by level; depth: transformer blocks per attention block, by level; context: width of the text
-    embedding, the input of attn2.to_k and attn2.to_v; vector: width of SDXL's size and pooled-text embedding; linear: whether proj_in
-    and proj_out are linear layers or 1 x 1 convolutions.
+    embedding, the input of attn2.to_k and attn2.to_v; linear: whether proj_in and proj_out are linear layers or 1 x 1 convolutions;
+    vector: width of SDXL's size and pooled-text embedding.
     """
 
-    name: str
     multipliers: tuple[int, ...]
     depth: tuple[int, ...]
     middle_depth: int
     context: int
     linear: bool
-    encoders: Mapping[str, Encoder]
     vector: int | None = None
 
     kind = "a U-Net (SD 1.x, SD 2.x or SDXL)"
@@ -83,6 +81,8 @@ class UNet(Family):
         (re.compile(r"conv_in(?:\.|$)"), "first"),
         (re.compile(r"(?:out|conv_norm_out|conv_out)(?:\.|$)"), "last"),
     )
+    flow = ("embed", "in", "mid", "out", "last")
+    block_synonyms = _SYNONYMS
 
     def certainty(self, evidence: Evidence) -> int:
         width = Counter(evidence.input_widths(("attn2_to_k", "attn2_to_v"))).most_common(1)
@@ -93,27 +93,26 @@ class UNet(Family):
         return 0
 
     def aliases(self, names: Sequence[str]) -> Iterator[tuple[str, list[Alias]]] | None:
-        first = {name.split(".", 1)[0] for name in names}
-        if "input_blocks" in first:
-            return _renamed(names, ldm_to_diffusers(names))
-        return _renamed(names, diffusers_to_ldm(names)) if "down_blocks" in first else None
+        scheme = _scheme(names)
+        return None if scheme is None else _renamed(names, ldm_to_diffusers(names) if scheme == "LDM" else diffusers_to_ldm(names))
+
+    def authors_names(self, names: Sequence[str]) -> Mapping[str, str]:
+        return diffusers_to_ldm(names) if _scheme(names) == "diffusers" else super().authors_names(names)
 
     def is_attention(self, site: Site) -> bool:
         return re.search(r"\.attn[12]\.to_(?:q|k|v|out\.0)$", site.layer) is not None
 
     def layer_label(self, site: Site) -> str | None:
         """ "in 4.1 attn2.k", "down 1 attentions.0 attn2.k"; transformer blocks but the first are counted: "in 7.1 #3 attn2.k"."""
-        block, name = self.block_label(site), site.layer
-        if block is None:
-            return None
-        if found := re.match(
-            r"(?:input|output)_blocks\.\d+\.(\d+)(?:\.(.+))?$|(?:down|up)_blocks\.\d+\.(.+)$|(?:middle|mid)_block\.(.+)$", name
-        ):
-            if found[1] is not None:
-                return f"{block}.{found[1]} {_inner_label(found[2] or '')}".rstrip()
-            return f"{block} {_inner_label(found[3] or found[4])}"
-        part = part_label(site.part)
-        return f"{block} {name}{'.' + part if part else ''}"
+        block = self.block_label(site)
+        found = re.match(
+            r"(?:input|output)_blocks\.\d+\.(\d+)(?:\.(.+))?$|(?:down|up)_blocks\.\d+\.(.+)$|(?:middle|mid)_block\.(.+)$", site.layer
+        )
+        if found is None:
+            return super().layer_label(site)
+        if found[1] is not None:
+            return f"{block}.{found[1]} {_inner_label(found[2] or '')}".rstrip()
+        return f"{block} {_inner_label(found[3] or found[4])}"
 
     def layers(self) -> Iterator[tuple[str, Shape]]:
         width, residuals = 320, 2
@@ -179,6 +178,11 @@ class UNet(Family):
                 block += 1
         yield "out.0", (width,)
         yield "out.2", (4, width, 3, 3)
+
+
+def _scheme(names: Sequence[str]) -> str | None:
+    first = {name.split(".", 1)[0] for name in names}
+    return "LDM" if "input_blocks" in first else "diffusers" if "down_blocks" in first else None
 
 
 def _inner_label(rest: str) -> str:
