@@ -163,7 +163,7 @@ def test_unconditional_rows_alone_and_first_decide_for_themselves_and_are_counte
 
 
 def test_a_new_step_forgets_the_last_ones_choice(model, pair):
-    session = FusionSession(model, *pair, FuseSettings())
+    session = FusionSession(model, *pair, FuseSettings(decide="now"))
     with session.attached(Rows((0,), (True,), 1)):
         model(latent(rows=1))
     session.begin()
@@ -210,7 +210,7 @@ def test_the_bias_favours_the_style(model, pair, deltas):
 
 
 def test_gamma_makes_both_equally_loud_over_the_first_step_and_then_stays(model, pair, deltas):
-    session = FusionSession(model, *pair, FuseSettings(balance="gamma", style_weight=3.0))
+    session = FusionSession(model, *pair, FuseSettings(balance="gamma", style_weight=3.0, decide="now"))
     rows = Rows((0, 1), (True, True), 2)
     x, later = latent(rows=2), latent(rows=2, seed=8)
     for step in (x, later, 2 * later):
