@@ -156,7 +156,7 @@ def test_nothing_of_a_file_reaches_the_console_raw_or_at_length(tmp_path):
 
 @pytest.mark.parametrize("length", [10, 900, 100_000])
 def test_a_refusal_quotes_no_more_than_a_line_of_a_file(tmp_path, length):
-    for tensors in ({"\x1b" + "k" * length: random(1)}, kohya("lora_unet_\x1b" + "k" * length, *pair(6, 4))):
+    for tensors in ({"\x1b" + "k" * length: random(1)}, kohya("\x1b" + "k" * length, *pair(6, 4))):
         code, out, err = inspect(saved(tmp_path, tensors))
         assert (code, out) == (2, "")
         assert err.isascii()

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ..printable import printable
+from ..reasons import first_line
 from . import pickled
 from .branch import LoraError
 
@@ -62,7 +63,7 @@ def _opened_safetensors(path: Path, beginning: bytes, size: int) -> Contents:
                 # Clones, because a tensor that safetensors maps from the file would change, or kill the process, with the file.
                 return {key: file.get_tensor(key).clone() for key in keys}
         except Exception as error:  # whatever torch makes of a header that safetensors lets pass
-            raise LoraError(f"{path.name} cannot be read: {_first_line(error)}.") from None
+            raise LoraError(f"{path.name} cannot be read: {printable(first_line(error))}.") from None
 
     try:
         with open(path, "rb") as whole:
@@ -73,7 +74,7 @@ def _opened_safetensors(path: Path, beginning: bytes, size: int) -> Contents:
         with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
             return Contents(list(file.keys()), load, dict(file.metadata() or {}))
     except (SafetensorError, OSError, MemoryError) as error:
-        reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else _first_line(error)
+        reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else printable(first_line(error))
         raise LoraError(f"{path.name} cannot be read: {reason}.") from None
 
 
@@ -96,12 +97,8 @@ def _unread(path: Path, error: Exception) -> LoraError:
     """The sentence for what went wrong; a damaged file makes its reader fail in any way, struct.error and KeyError among them."""
     if isinstance(error, pickled.CodeError):
         return LoraError(f"{path.name} was not opened: it is damaged or holds other things than tensors, which might be code.")
-    reason = str(error) if isinstance(error, pickled.PickledError) else f"it is damaged ({_first_line(error)})"
+    reason = str(error) if isinstance(error, pickled.PickledError) else f"it is damaged ({printable(first_line(error))})"
     return LoraError(f"{path.name} cannot be read: {reason}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."))
 
 
 __all__ = ["ENDINGS", "Contents", "opened"]

@@ -132,6 +132,10 @@ _DENOISER_PREFIXES = {
 # What torch.compile and FSDP put into a layer's path, wherever they wrapped a module; kohya names have underscores there.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[._]")
 _LONGEST = 1000
+# What is put before the keys of every model.
+_OF_ANY_MODEL = {"base_model.model.", "model.", "module.", "pipe."}
+# A language model's layers begin with "model." as well, and keep it.
+_LANGUAGE_MODEL = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.")
 # Old diffusers files name a text encoder's attention layers as the U-Net's.
 _TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj", "to_out_0": "out_proj"}
 
@@ -155,6 +159,11 @@ def parse_key(key: str) -> KeyName | None:
     return KeyName(component, layer, role, layer_style or prefix_style or style, path)
 
 
+def names_denoiser(key: str) -> bool:
+    """Whether a key of a LoRA file begins as only a denoiser's does. What PEFT puts before the keys of every model is not enough."""
+    return key.removeprefix("base_model.model.").startswith(tuple(_DENOISER_PREFIXES.keys() - _OF_ANY_MODEL))
+
+
 def _without_prefix(path: str) -> tuple[str, str, str]:
     """(component, path without its prefixes, style that a prefix shows). Prefixes may be doubled ("unet.unet.")."""
     style = ""
@@ -167,7 +176,7 @@ def _without_prefix(path: str) -> tuple[str, str, str]:
                     component = "t5"
                 return component, rest, "kohya" if prefix.endswith("_") else style
         for prefix, prefix_style in _DENOISER_PREFIXES.items():
-            if path.startswith(prefix):
+            if path.startswith(prefix) and not _LANGUAGE_MODEL.match(path):
                 path, style = path[len(prefix) :], prefix_style or style
                 break
         else:
@@ -193,10 +202,10 @@ def _denoiser_layer(path: str, stream: str) -> tuple[str, str]:
     old = ".processor." in path
     # sd-scripts ends the name of a layer that was wrapped with an underscore.
     name = flat(path.replace(".processor.", ".")).rstrip("_")
-    # diffusers' old attention processors name the output layer without its place in the Sequential.
-    if name.endswith(("attn1_to_out", "attn2_to_out", "attn_to_out")):
+    # diffusers' old attention processors name the output layer without its place in the Sequential. Flux.2's single blocks have none.
+    if name.endswith(("attn1_to_out", "attn2_to_out", "attn_to_out")) and not name.startswith("single_transformer_blocks_"):
         name += "_0"
     return name, "diffusers (old)" if old else ""
 
 
-__all__ = ["Alias", "KeyName", "Part", "Site", "flat", "parse_key"]
+__all__ = ["Alias", "KeyName", "Part", "Site", "flat", "names_denoiser", "parse_key"]
