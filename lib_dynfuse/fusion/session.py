@@ -127,7 +127,7 @@ class FusionSession:
             for name, module in model.named_modules()
             if getattr(module, "weight", None) is not None or isinstance(getattr(module, "scale", None), Tensor)
         }
-        self.shapes = {name: _shape(module) for name, module in modules.items()}
+        self.shapes = {name: _shape_of(module) for name, module in modules.items()}
         self.layers = _find_layers(modules, files, len(subjects), self._state, weight_of or _own_weight, self.report)
         nothing_wanted = not rule.measures and all(schedule.full == 0 for schedule in schedules)
         if not self.report.matched and not self.report.one_sided and not nothing_wanted:
@@ -279,7 +279,7 @@ def _find_layers(
     report: Report,
 ) -> list[PatchedLayer]:
     settings = state.settings
-    aliases = denoiser_aliases(modules)
+    aliases = denoiser_aliases({name: _shape_of(module) for name, module in modules.items()})
     branches: list[dict[Site, SiteBranch]] = []
     norms: list[dict[str, NormShift]] = []
     for file in files:
@@ -347,22 +347,23 @@ def factors_by_block(
         raise FusionError(str(reason)) from None
 
 
-def _shape(module: nn.Module) -> tuple[int, ...] | None:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "gguf_cls"):
-        return None  # quantised: the stored shape is not the layer's
-    return tuple(weight.shape)
-
-
 def _fitted(site: Site, binding: SiteBranch, module: nn.Module) -> SiteBranch:
     """The branch checked against the layer's shape, where that is known. Raises FusionError: the file is for another base model."""
-    shape = _shape(module)
-    if shape is None or len(shape) not in (2, 4):
+    shape = _shape_of(module)
+    if shape is None:
         return binding
     try:
         return binding.fitted(site, shape)
     except LoraError as reason:
         raise FusionError(str(reason)) from None
+
+
+def _shape_of(module: nn.Module) -> tuple[int, ...] | None:
+    """Shape of a linear layer's or convolution's weight; None where a quantised one is stored in another."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() not in (2, 4) or hasattr(weight, "gguf_cls"):
+        return None
+    return tuple(weight.shape)
 
 
 def _nothing_matches(files: Sequence[LoraFile], report: Report) -> str:
@@ -372,8 +373,15 @@ def _nothing_matches(files: Sequence[LoraFile], report: Report) -> str:
             f"{' and '.join(names)} have no layer left to fuse: the settings 'scope' and 'one_sided' exclude all "
             f"{len(report.skipped)} layers that they change."
         )
-    families = " and ".join(sorted({file.family or "an unknown base model" for file in files}))
+    families = " and ".join(sorted({_made_for(file) for file in files}))
     return f"No layer of this model is changed by {' or '.join(names)}: they were made for {families}."
+
+
+def _made_for(file: LoraFile) -> str:
+    if file.family is not None:
+        return file.family
+    layer = next(iter((*file.denoiser, *file.norms)), None)
+    return "an unknown base model" if layer is None else f"a base model with layers such as {layer}"
 
 
 __all__ = ["FusionError", "FusionSession", "Report", "fuse"]

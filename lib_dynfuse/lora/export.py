@@ -188,11 +188,15 @@ def _family(shares: Sequence[Share], layers: Mapping[str, Shape | None] | None) 
                 raise LoraError(reason)
     if name := next((file.family for file in files if file.family is not None), None):
         return family(name)
+    allowed = [file.possible for file in files if file.possible]
+    common = [family(name) for name in allowed[0] if all(name in others for others in allowed)] if allowed else []
+    if common and len({known.kohya_layout for known in common}) == 1:
+        return common[0]
     if layers is None:
         if nameless := next((file for file in files if file.denoiser or file.norms), None):
             raise LoraError(f"{nameless.path.name} cannot be merged without a model: its layers do not tell the base model.")
         return None
-    return next((known for known in families.FAMILIES if known.aliases(list(layers)) is not None), None)
+    return next((known for known in families.FAMILIES if known.aliases(layers) is not None), None)
 
 
 def _targets(aliases: Mapping[str, list[Alias]], base: Family | None, touched: set[Site]) -> Iterator[tuple[str, list[Alias]]]:

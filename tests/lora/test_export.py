@@ -32,7 +32,7 @@ from .test_dialects import FLUX as FLUX_LAYERS
 from .test_dialects import LDM_TO_DIFFUSERS, WIDTH, flux_layers, in_bfl_names, in_diffusers_names, unet_layers, unet_pairs
 from .writing import kohya, pair, peft, random, saved
 
-SD1, SD2, SDXL, FLUX = (family.name for family in FAMILIES)
+SD1, SD2, SDXL, FLUX = (family.name for family in FAMILIES[:4])
 SDXL_K = "input_blocks.7.1.transformer_blocks.3.attn2.to_k"
 Q = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 KERNEL = "input_blocks.4.0.in_layers.2"
