@@ -120,6 +120,20 @@ class Decisions:
         steps = [*self._recorder.steps, record] if (record := self._record()).weights else self._recorder.steps
         return replace(self._recorder, steps=list(steps)).trace(self._state.fallbacks)
 
+    def foreseen(self, steps: int) -> Trace:
+        """What a picture of so many steps will bring under a rule that does not measure. Leaves the session as it was."""
+        own = self._state
+        assert not own.rule.measures
+        state = FusionState(own.settings, own.rule, own.schedules)
+        everywhere = tuple(range(len(self._sites)))
+        recorder = replace(self._recorder, steps=[])
+        for index in range(steps):
+            step = Step.of(index, steps)
+            state.begin(step)
+            weights = state.rule.weights(step, None)
+            recorder.steps.append(TraceStep([(everywhere, weights)], (), None, state.levels, state.step_strengths, 1))
+        return recorder.trace()
+
     # Calls.
 
     def call_begins(self) -> None:
@@ -168,7 +182,7 @@ class Decisions:
             pieces.append((measured, _stacked([site.choice for site in chosen])))
         elif self._tally:
             measured, votes, missing = self._counted()
-        return TraceStep([piece for piece in pieces if piece[0]], measured, votes, state.levels, state.count, missing)
+        return TraceStep([piece for piece in pieces if piece[0]], measured, votes, state.levels, state.step_strengths, state.count, missing)
 
     def _takes_weights(self, number: int) -> bool:
         """Whether the rule's weights say something of a site: one that measures has nothing to say where there is one LoRA."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift, bound
-from .families import has_variable_input, layout_of, sharing
+from .families import family, has_variable_input, knowing
 from .naming import Alias, Part, Site
 from .reader import LoraFile
 
@@ -147,9 +147,10 @@ def norms_by_layer(file: LoraFile, aliases: Mapping[str, list[Alias]]) -> dict[s
 
 def compatible(a: LoraFile, b: LoraFile) -> str | None:
     """Why two LoRAs cannot be fused on one model, in a sentence; None if nothing speaks against it."""
-    if a.family is not None and b.family is not None and a.family != b.family:
-        return _different(a, a.family, b, b.family)
-    kinds = [_architectures(file) for file in (a, b)]
+    kinds = [_base_models(file) for file in (a, b)]
+    if kinds[0] and kinds[1] and not _with_relatives(kinds[0]) & _with_relatives(kinds[1]):
+        return _different(a, _either(kinds[0]), b, _either(kinds[1]))
+    kinds = [{known.kind for known in knowing((*file.denoiser, *file.norms))} for file in (a, b)]
     if kinds[0] and kinds[1] and not kinds[0] & kinds[1]:
         return _different(a, _either(kinds[0]), b, _either(kinds[1]))
     for layer, branch in a.denoiser.items():
@@ -168,9 +169,13 @@ def _different(a: LoraFile, one: str, b: LoraFile, other: str) -> str:
     return f"{a.path.name} was made for {one} and {b.path.name} for {other}: both must be for the same base model."
 
 
-def _architectures(file: LoraFile) -> set[str]:
-    layouts = {layout for layer in (*file.denoiser, *file.norms) if (layout := layout_of(layer)) is not None}
-    return {family.kind for family in sharing(layouts)}
+def _base_models(file: LoraFile) -> set[str]:
+    """The families that a file may be for; empty where its layers tell none."""
+    return set(file.possible) if file.family is None else {file.family}
+
+
+def _with_relatives(names: set[str]) -> set[str]:
+    return names.union(*(family(name).relatives for name in names))
 
 
 def _either(kinds: set[str]) -> str:

@@ -10,7 +10,6 @@ import torch
 from lib_dynfuse.lora import (
     Alias,
     Blocks,
-    LoraError,
     Part,
     Share,
     Site,
@@ -159,29 +158,29 @@ def test_every_alias_is_a_name_of_a_known_scheme(family):
 
 
 class Lattice(Family):
-    """A family of its own: "layers.N.attention.qkv" is fused, and diffusers splits it."""
+    """A family of its own: "cells.N.mixing.qkv" is fused, and diffusers splits it."""
 
     name = "Lattice"
     kind = "a Lattice model"
     unrecognised = "a transformer named as Lattice"
     layouts = {  # noqa: RUF012
-        "Lattice names": re.compile(r"layers_\d+_attention_(?:qkv|out)"),
-        "Lattice diffusers names": re.compile(r"layers_\d+_attention_to_(?:[qkv]|out_0)"),
+        "Lattice names": re.compile(r"cells_\d+_mixing_(?:qkv|out)"),
+        "Lattice diffusers names": re.compile(r"cells_\d+_mixing_to_(?:[qkv]|out_0)"),
     }
-    labels = ((re.compile(r"layers\.(\d+)(?:\.|$)"), "layer {}"),)
+    labels = ((re.compile(r"cells\.(\d+)(?:\.|$)"), "layer {}"),)
     flow = ("layer",)
     kohya_layout = "Lattice names"
 
     def layers(self):
         for index in range(3):
-            yield f"layers.{index}.attention.qkv", (24, 8)
-            yield f"layers.{index}.attention.out", (8, 8)
+            yield f"cells.{index}.mixing.qkv", (24, 8)
+            yield f"cells.{index}.mixing.out", (8, 8)
 
     def certainty(self, evidence):
         return 4 if evidence.layouts else 0
 
     def aliases(self, names):
-        return self.pairs(names) if any(name.startswith("layers.") and ".attention." in name for name in names) else None
+        return self.pairs(names) if any(name.startswith("cells.") for name in names) else None
 
     def pairs(self, names):
         for name in names:
@@ -195,30 +194,29 @@ class Lattice(Family):
                 yield flat(name.replace(".out", ".to_out.0")), [Alias(Site(name))]
 
     def is_attention(self, site):
-        return ".attention." in site.layer
+        return ".mixing." in site.layer
 
 
 def test_a_new_family_is_one_object_in_the_registry(tmp_path, monkeypatch):
-    """Files of both dialects are recognised, matched, labelled, weighted by block and merged; without it, they are refused."""
-    split = peft("transformer.layers.1.attention.to_k", *pair(8, 8)) | peft("transformer.layers.2.attention.to_out.0", *pair(8, 8))
-    fused = kohya("lora_unet_layers_1_attention_qkv", *pair(24, 8))
+    """Files of both dialects are recognised, matched, labelled, weighted by block and merged; without it, they are of no known one."""
+    split = peft("transformer.cells.1.mixing.to_k", *pair(8, 8)) | peft("transformer.cells.2.mixing.to_out.0", *pair(8, 8))
+    fused = kohya("lora_unet_cells_1_mixing_qkv", *pair(24, 8))
     paths = saved(tmp_path, split, "split.safetensors"), saved(tmp_path, fused, "fused.safetensors")
-    with pytest.raises(LoraError, match="another kind of model"):
-        read_lora(paths[0])
+    assert [read_lora(path).family for path in paths] == [None, None]
     monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, Lattice()))
     files = [read_lora(path) for path in paths]
     assert [(file.family, file.unmatched) for file in files] == [("Lattice", []), ("Lattice", [])]
     assert files[0].dialects == ("PEFT, Lattice diffusers names",)
     layers = reference_layers("Lattice")
-    site = Site("layers.1.attention.qkv", Part(1, 1, 3))
+    site = Site("cells.1.mixing.qkv", Part(1, 1, 3))
     assert is_attention(site)
-    assert layer_label(site) == "layer 1 layers.1.attention.qkv.1:2/3"
+    assert layer_label(site) == "layer 1 cells.1.mixing.qkv.1:2/3"
     blocks = Blocks.of_model(layers)
     assert blocks.names == ("layer0", "layer1", "layer2")
     factors = block_factors(BlockText((("layer2", "layer2", 0.0),)), blocks)
     write_merged(tmp_path / "one.safetensors", [Share(file, lambda site: factors[blocks.of(site)]) for file in files])
     merged = read_lora(tmp_path / "one.safetensors")
-    assert merged.denoiser.keys() == {"layers_1_attention_qkv"}
+    assert merged.denoiser.keys() == {"cells_1_mixing_qkv"}
     assert len(branches_by_site(merged, denoiser_aliases(layers))[0]) == 3
 
 
