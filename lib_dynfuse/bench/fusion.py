@@ -1,4 +1,4 @@
-"""bench fusion: one denoiser step of a real-size U-Net with random weights: plain, direct, fused, and the paper taken literally."""
+"""bench fusion: a denoiser's step without LoRAs, with their sum, fused, and as the paper is written; and how the cost grows."""
 
 from __future__ import annotations
 
@@ -7,212 +7,221 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..fusion import FusionSession, Rows
-from ..lora import LoraFile, read_lora
+from ..fusion import FusionSession
 from ..settings import FuseSettings
+from . import sweep
+from .denoisers import CONFIGURATIONS, WORLD, Denoiser, Loras, NoDenoiser, build, default_size, loras, processor
+from .dispatched import Added, added
+from .host_time import host_microseconds
 from .literal import literally_fused
 
-# The published U-Net configurations of Stable Diffusion 1.5 and SDXL base 1.0 (their model cards' unet/config.json).
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
-    "sdxl": {
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-_DEFAULT_SIZE = {"sd15": 256, "sdxl": 512}
-
-
-def default_size(model: str) -> int:
-    """Pixels."""
-    return _DEFAULT_SIZE[model]
+MODELS = (*sorted(CONFIGURATIONS), WORLD)
+_RANK = 16
+_ROUNDS, _ROUNDS_OF_THE_WORLD = 5, 41
+_LORAS = (1, 4)
+_META = torch.device("meta")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=sorted(CONFIGURATIONS), default="sd15", help="whose U-Net to build (default: sd15)")
-    parser.add_argument("--size", type=int, metavar="PX", help="side of the image in pixels (default: 256 for sd15, 512 for sdxl)")
-    parser.add_argument("--rank", type=int, default=16, help="rank of both LoRAs (default: 16)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each way takes (default: 5)")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add = parser.add_argument
+    add("--model", choices=MODELS, default="sd15", help="whose U-Net to build, or world: the miniature model with its own LoRAs "
+        "(default: sd15)")  # fmt: skip
+    add("--size", type=int, metavar="PX", help="side of the image in pixels (default: 256 for sd15, 512 for sdxl, 64 for world)")
+    add("--rank", "--branches-rank", dest="rank", type=int, metavar="R", help=f"rank of the random LoRAs (default: {_RANK})")
+    add("--loras", type=int, default=2, metavar="N", help="LoRAs, 1 to 4: one half subjects, the other styles (default: 2)")
+    add("--decide", choices=("now", "next"), default=FuseSettings().decide, help="how `fused` decides (default: the settings' default)")
+    add("--sweep", choices=sweep.AXES, help="print how the cost grows with the rank, the number of LoRAs, of pixels or of layers")
+    add("--operations", action="store_true", help="only count dispatched operations, without running anything")
+    add("--rounds", type=int, metavar="N", help=f"turns that each way takes (default: {_ROUNDS}; {_ROUNDS_OF_THE_WORLD} for world)")
+    add("--threads", type=int, metavar="N", help="threads that PyTorch may use on a CPU (default: its own choice)")
+    add("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    add("--json", action="store_true", help="print the result as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    reason = _refusal(arguments)
+    if reason:
+        print(reason, file=sys.stderr)
+        return 2
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     try:
-        import diffusers
-    except ImportError:
+        result = _result(arguments)
+    except NoDenoiser as error:
+        print(error, file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
         print("The benchmark builds its U-Net with diffusers, which is not installed here: pip install diffusers", file=sys.stderr)
         return 2
+    print(json.dumps(result, indent=2) if arguments.json else _text(result))
+    return 0
+
+
+def _refusal(arguments: argparse.Namespace) -> str:
+    numbers = [value for value in (arguments.size, arguments.rank, arguments.rounds, arguments.threads) if value is not None]
+    if any(value <= 0 for value in numbers) or (arguments.size or 64) % 64:
+        return "--size must be a positive multiple of 64; --rank, --rounds and --threads must be positive."
+    if not _LORAS[0] <= arguments.loras <= _LORAS[1]:
+        return f"--loras must be {_LORAS[0]} to {_LORAS[1]}."
+    if arguments.model == WORLD and (arguments.rank is not None or arguments.sweep in ("rank", "layers")):
+        return "The miniature world has LoRAs of its own, whose rank and layers are what they are: leave --rank and such sweeps out."
+    return ""
+
+
+def _result(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    size = arguments.size or default_size(arguments.model)
-    if size % 64 or size <= 0 or arguments.rank <= 0 or arguments.rounds <= 0:
-        print("--size must be a positive multiple of 64, --rank and --rounds positive.", file=sys.stderr)
-        return 2
-    progress = (lambda text: None) if arguments.json else (lambda text: print(text, file=sys.stderr, flush=True))
-    progress(f"Building a {arguments.model} U-Net with random weights ...")
-    torch.manual_seed(0)
-    with torch.device(device):
-        unet = (
-            diffusers.UNet2DConditionModel(sample_size=size // 8, **CONFIGURATIONS[arguments.model]).to(dtype).eval().requires_grad_(False)
-        )
-    inputs = unet_inputs(arguments.model, size, device, dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        subject, style = (
-            random_lora(unet, arguments.rank, seed, Path(folder) / f"{name}.safetensors") for seed, name in ((1, "subject"), (2, "style"))
-        )
-    result = measure(unet, inputs, subject, style, arguments.rounds, progress)
-    result["setup"] = {
-        "model": arguments.model,
+    model = arguments.model
+    size = arguments.size or default_size(model)
+    rank = None if model == WORLD else arguments.rank or _RANK
+    rounds = arguments.rounds or (_ROUNDS_OF_THE_WORLD if model == WORLD else _ROUNDS)
+    fused = FuseSettings(decide=arguments.decide)
+
+    def progress(text: str) -> None:
+        if not arguments.json:
+            print(text, file=sys.stderr, flush=True)
+
+    setup = {
+        "model": model,
         "size": size,
-        "rank": arguments.rank,
+        "rank": rank,
+        "loras": arguments.loras,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    print(json.dumps(result, indent=2) if arguments.json else _table(result))
-    return 0
+    what = "the miniature model" if model == WORLD else f"a {model} U-Net with random weights"
+    if arguments.operations:
+        return {"setup": setup, "operations": _operations(model, size, arguments.loras, rank, fused)}
+    progress(f"Building {what} ...")
+    denoiser = build(model, size, device, dtype)
+    if arguments.sweep:
+        rows = sweep.measure(arguments.sweep, denoiser, arguments.loras, rank, fused, partial(timed, rounds=rounds, progress=progress))
+        return {"setup": setup, "sweep": arguments.sweep, "rows": rows}
+    result = measure(denoiser, loras(denoiser, arguments.loras, rank), fused, rounds, progress)
+    progress("Counting operations ...")
+    operations = _operations(model, size, arguments.loras, rank, fused)
+    host = host_microseconds({name: settings for name, settings in _settings(fused).items() if name != "fused"})
+    return {"setup": setup, **result, "operations": operations, "host_microseconds_per_layer": host}
+
+
+def _settings(fused: FuseSettings) -> dict[str, FuseSettings]:
+    """The ways that are sessions. `fused` is one of the last two."""
+    return {
+        "direct": FuseSettings(method="direct"),
+        "fused": fused,
+        "now": FuseSettings(decide="now"),
+        "next": FuseSettings(decide="next"),
+    }
 
 
 def measure(
-    unet: nn.Module, inputs: dict[str, Any], subject: LoraFile, style: LoraFile, rounds: int, progress: Callable[[str], None]
+    denoiser: Denoiser, branches: Loras, fused: FuseSettings, rounds: int, progress: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Time one step each way, in turns. Returns seconds (all turns, medians) and ratios of medians to the plain step's."""
-    rows = Rows((0, 0), (False, True), 1)
-    fused = FusionSession(unet, subject, style, FuseSettings())
-    direct = FusionSession(unet, subject, style, FuseSettings(method="direct"))
-
-    def session_step(session: FusionSession) -> None:
-        session.new_step()
-        with session.attached(rows):
-            unet(**inputs)
-
-    def literal_step() -> float:
-        with literally_fused(fused) as seconds_of_merging:
-            _wait(inputs)
-            started = time.perf_counter()
-            unet(**inputs)
-            _wait(inputs)
-            return time.perf_counter() - started - sum(seconds_of_merging)
-
-    def timed(step: Callable[[], Any]) -> Callable[[], float]:
-        def run_once() -> float:
-            _wait(inputs)
-            started = time.perf_counter()
-            step()
-            _wait(inputs)
-            return time.perf_counter() - started
-
-        return run_once
-
-    ways: dict[str, Callable[[], float]] = {
-        "plain": timed(lambda: unet(**inputs)),
-        "direct": timed(lambda: session_step(direct)),
-        "fused": timed(lambda: session_step(fused)),
-        "literal": literal_step,
+    """Time one step each way, in turns. Returns seconds (all turns, medians) and medians of the ratios to the plain step of the turn."""
+    settings = _settings(fused)
+    sessions = {name: branches.session(denoiser, own) for name, own in settings.items() if name != "fused"}
+    sessions["one LoRA"] = branches.first.session(denoiser, settings["direct"])
+    ways: dict[str, Callable[[], Any]] = {"plain": denoiser.run}
+    ways.update({name: partial(denoiser.step, session) for name, session in sessions.items()})
+    ways["literal"] = lambda: _literal_seconds(denoiser, sessions["now"])
+    result = timed(denoiser, ways, rounds, progress)
+    for measured in result.values():  # the same settings are not timed twice
+        measured["fused"] = measured[fused.decide]
+    seconds = result["seconds"]
+    return {
+        **result,
+        "literal_over_fused": statistics.median(li / fu for li, fu in zip(seconds["literal"], seconds["fused"])),
+        "layers": len(sessions["now"].report.matched) + len(sessions["now"].report.one_sided),
     }
+
+
+def _literal_seconds(denoiser: Denoiser, session: FusionSession) -> float:
+    with literally_fused(session) as seconds_of_merging:
+        denoiser.wait()
+        started = time.perf_counter()
+        denoiser.run()
+        denoiser.wait()
+        return time.perf_counter() - started - sum(seconds_of_merging)
+
+
+@torch.no_grad()
+def timed(
+    denoiser: Denoiser, ways: dict[str, Callable[[], Any]], rounds: int, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, dict[str, Any]]:
+    """Each way once in each turn, after turns that warm up: the first binds LoRAs, the second brings them together. A way may tell its
+    seconds itself. Returns seconds, median_seconds, ratio_to_plain and ratio_range, by way.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    with torch.no_grad():
-        for turn in range(-1, rounds):  # the first turn warms up: it moves branches to the device
-            progress("Warming up ..." if turn < 0 else f"Turn {turn + 1} of {rounds} ...")
-            for name, step in ways.items():
-                elapsed = step()
-                if turn >= 0:
-                    seconds[name].append(elapsed)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for turn in range(-2, rounds):
+        progress("Warming up ..." if turn < 0 else f"Turn {turn + 1} of {rounds} ...")
+        for name, way in ways.items():
+            denoiser.wait()
+            started = time.perf_counter()
+            told = way()
+            denoiser.wait()
+            elapsed = told if isinstance(told, float) else time.perf_counter() - started
+            if turn >= 0:
+                seconds[name].append(elapsed)
     per_turn = {name: [s / p for s, p in zip(values, seconds["plain"])] for name, values in seconds.items()}
     return {
         "seconds": seconds,
-        "median_seconds": medians,
+        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "ratio_to_plain": {name: statistics.median(values) for name, values in per_turn.items()},
         "ratio_range": {name: [min(values), max(values)] for name, values in per_turn.items()},
-        "literal_over_fused": statistics.median(li / fu for li, fu in zip(seconds["literal"], seconds["fused"])),
-        "layers": len(fused.report.matched),
     }
 
 
-def _wait(inputs: dict[str, Any]) -> None:
-    if inputs["sample"].device.type == "cuda":
-        torch.cuda.synchronize()
+def _operations(model: str, size: int, count: int, rank: int | None, fused: FuseSettings) -> dict[str, dict[str, float]]:
+    """Dispatched operations by way, in half precision and in pieces as large as a GPU takes them."""
+    denoiser = build(model, size, _META, torch.float16)
+    branches = loras(denoiser, count, rank)
+    counts = {name: added(denoiser, branches.session(denoiser, settings)) for name, settings in _settings(fused).items()}
+    return {name: _told(count) for name, count in counts.items()}
 
 
-def unet_inputs(model: str, size: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """A batch of one image: an unconditional and a conditional row."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    inputs: dict[str, Any] = {
-        "sample": noise(2, 4, size // 8, size // 8),
-        "timestep": torch.tensor(500, device=device),
-        "encoder_hidden_states": noise(2, 77, CONFIGURATIONS[model]["cross_attention_dim"]),
-    }
-    if model == "sdxl":
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": noise(2, 1280),
-            "time_ids": torch.full((2, 6), float(size), device=device, dtype=dtype),
-        }
-    return inputs
+def _told(count: Added) -> dict[str, float]:
+    return {"plain": count.plain, "layers": count.layers, "added_per_layer": count.per_layer, "added_per_step": count.per_step}
 
 
-def random_lora(unet: nn.Module, rank: int, seed: int, path: Path) -> LoraFile:
-    """A kohya LoRA on the linear layers and 1 x 1 convolutions of every transformer block, as its trainer makes by default."""
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for name, module in unet.named_modules():
-        weight = getattr(module, "weight", None)
-        if ".attentions." not in name or weight is None or weight.dim() < 2:
-            continue
-        out, width, *kernel = weight.shape
-        key = "lora_unet_" + name.replace(".", "_")
-        tensors[f"{key}.lora_down.weight"] = (torch.randn(rank, width, *kernel, generator=generator) / width**0.5).half()
-        tensors[f"{key}.lora_up.weight"] = (0.05 * torch.randn(out, rank, *(1 for _ in kernel), generator=generator)).half()
-        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
-    save_file(tensors, str(path))
-    return read_lora(path)
-
-
-def processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _table(result: dict[str, Any]) -> str:
+def _text(result: dict[str, Any]) -> str:
     setup = result["setup"]
+    rank = f", rank {setup['rank']}" if setup["rank"] else ""
     lines = [
-        f"{setup['model']}, {setup['size']} px, rank {setup['rank']}, {result['layers']} layers fused; {setup['device']}, "
-        f"{setup['threads']} threads, {setup['dtype']}, torch {setup['torch']}, Python {setup['python']}",
-        f"{'':10}{'s / step':>10}{'x plain':>10}{'range':>16}",
+        f"{setup['model']}, {setup['size']} px, {setup['loras']} LoRAs{rank}; {setup['device']}, {setup['threads']} threads, "
+        f"{setup['dtype']}, torch {setup['torch']}, Python {setup['python']}"
     ]
-    for name, seconds in result["median_seconds"].items():
-        low, high = result["ratio_range"][name]
-        lines.append(f"{name:10}{seconds:10.3f}{result['ratio_to_plain'][name]:10.3f}{f'{low:.3f}-{high:.3f}':>16}")
-    lines.append(f"fused is {result['literal_over_fused']:.2f} x faster than the literal form")
+    if "sweep" in result:
+        return "\n".join([*lines, *sweep.table(result["sweep"], result["rows"])])
+    if "median_seconds" in result:
+        lines += [f"{result['layers']} layers", *_times(result, ("plain", "one LoRA", "direct", "fused", "now", "next", "literal"))]
+        lines.append(f"fused is {result['literal_over_fused']:.2f} x faster than the literal form")
+    lines += ["dispatched operations", f"{'':10}{'plain':>10}{'+ per layer':>13}{'+ per step':>12}"]
+    for name, count in result["operations"].items():
+        lines.append(f"{name:10}{count['plain']:10.0f}{count['added_per_layer']:13.2f}{count['added_per_step']:12.0f}")
+    if "host_microseconds_per_layer" in result:
+        host = ", ".join(f"{name} {value:.0f}" for name, value in result["host_microseconds_per_layer"].items())
+        lines.append(f"host time of a tiny layer, and what is added to it, in microseconds: {host}")
     return "\n".join(lines)
+
+
+def _times(result: dict[str, Any], names: Sequence[str]) -> list[str]:
+    lines = [f"{'':10}{'s / step':>10}{'x plain':>10}{'range':>16}"]
+    for name in names:
+        low, high = result["ratio_range"][name]
+        lines.append(f"{name:10}{result['median_seconds'][name]:10.3f}{result['ratio_to_plain'][name]:10.3f}{f'{low:.3f}-{high:.3f}':>16}")
+    return lines
+
+
+__all__ = ["MODELS", "add_arguments", "measure", "run", "timed"]

@@ -11,12 +11,34 @@ from torch import Tensor
 
 from ..settings import FuseSettings
 from ..strength import Schedule
+from .divergence import Workspace
 from .rows import RowIndices, Rows
 from .rules import Rule, Votes
 from .step import Step
 
 if TYPE_CHECKING:
     from .layer import FusedSite
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What the first axis of a layer's input holds in one call.
+
+    call: the rows that the host told. rows: those of this layer; fold: consecutive entries that make up one row. positions: of the
+    conditional rows; images: theirs.
+    """
+
+    call: Rows
+    batch: int
+    rows: Rows
+    fold: int
+    positions: tuple[int, ...]
+    images: tuple[int, ...]
+
+    @classmethod
+    def of(cls, call: Rows, batch: int) -> Entries:
+        rows = call.of_batch(batch)
+        return cls(call, batch, rows, batch // len(rows.images), rows.voting, tuple(rows.images[position] for position in rows.voting))
 
 
 @dataclass
@@ -43,11 +65,12 @@ class FusionState:
     fallbacks: int = 0
     rebound: bool = False
     collected: list[tuple[int, tuple[int, ...], Tensor]] = field(default_factory=list)
+    workspace: Workspace = field(default_factory=Workspace)
     levels: tuple[float, ...] = ()
     """Each LoRA's strength at this step where it follows a schedule, and 1 where its strength is constant and in the operators."""
 
     _count: int = 1
-    _voting: dict[Rows, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    _entries: Entries | None = None
     _indices: dict[torch.device, RowIndices] = field(default_factory=dict)
     _level_tensors: dict[torch.device, Tensor] = field(default_factory=dict)
     _by_row: dict[tuple[Rows, int, torch.device], Tensor] = field(default_factory=dict)
@@ -80,20 +103,16 @@ class FusionState:
         """Images of the batch; of the last call's between calls."""
         return self.rows.count if self.rows is not None else self._count
 
-    def rows_of(self, batch: int) -> tuple[Rows, int]:
-        """The rows of a layer's input of this batch size, and how many consecutive entries of its first axis make up one row."""
+    def entries(self, batch: int) -> Entries:
+        """What the first axis of a layer's input of this batch size holds."""
+        known = self._entries
+        if known is not None and known.batch == batch and known.call is self.rows:
+            return known
         if self.rows is None:
             self.rows = Rows.separate(batch)
         self._count = self.rows.count
-        rows = self.rows.of_batch(batch)
-        return rows, batch // len(rows.images)
-
-    def voting(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Positions of the conditional rows of a layer's input, and their images."""
-        rows, _ = self.rows_of(batch)
-        if rows not in self._voting:
-            self._voting[rows] = rows.voting, tuple(rows.images[position] for position in rows.voting)
-        return self._voting[rows]
+        self._entries = Entries.of(self.rows, batch)
+        return self._entries
 
     def indices(self, device: torch.device) -> RowIndices:
         if device not in self._indices:
@@ -115,7 +134,8 @@ class FusionState:
             self.hold(self.rule.weights(self.step, None))
         if self.weights is None or site.number in self.left_out:
             return None
-        rows, fold = self.rows_of(batch)
+        entries = self.entries(batch)
+        rows, fold = entries.rows, entries.fold
         key = (rows, fold, device)
         if key not in self._by_row:
             weights = self.weights.to(device)
@@ -160,10 +180,13 @@ class FusionState:
     # Strengths that vary with the step.
 
     def strengths(self) -> Sequence[float]:
-        """Each LoRA's strength at this step, constant or not; empty while nothing is added."""
-        if not self.active:
-            return ()
-        return [level if schedule.constant is None else schedule.constant for level, schedule in zip(self.levels, self.schedules)]
+        """Each LoRA's strength at this step; empty while nothing is added."""
+        return self.step_strengths if self.active else ()
+
+    @property
+    def step_strengths(self) -> tuple[float, ...]:
+        """Each LoRA's strength at this step, constant or not."""
+        return tuple(level if schedule.constant is None else schedule.constant for level, schedule in zip(self.levels, self.schedules))
 
     def level(self, member: int) -> float:
         return self.levels[member]
@@ -194,4 +217,4 @@ class FusionState:
             tensor[number].fill_(level)  # an argument of the kernel: nothing is copied to the device
 
 
-__all__ = ["FusionState"]
+__all__ = ["Entries", "FusionState"]

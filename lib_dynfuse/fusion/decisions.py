@@ -11,7 +11,8 @@ are gathered, group by group, into tensors that stay the same, and a layer multi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from .call import FusionState
 from .layer import FusedSite
 from .operators import Group
+from .rows import RowIndices, sample_count
 from .rules import Votes
 from .step import Step
 from .trace import Trace, TraceRecorder, TraceStep
@@ -41,6 +43,7 @@ class Decisions:
         self._blocks: list[_Block] = []
         self._held: Tensor | None = None  # (S, images or 1, B): the weights of the steps to come
         self._known: set[int] = set()  # the sites that it holds for
+        self._places: _Places | None = None
         self._in_place: tuple[object, ...] | None = None  # what the layers' pairs were made from
         self._tally: dict[Numbers, list[tuple[Numbers, Tensor]]] = {}
         self._undone = 0
@@ -109,13 +112,27 @@ class Decisions:
         for site in self._sites:
             site.operators = site.pair = site.ballot = None
         self._blocks.clear()
-        self._in_place = None
+        self._in_place = self._places = None
 
     def trace(self) -> Trace:
         if not self._under_way:
             return self._recorder.trace(self._state.fallbacks)
         steps = [*self._recorder.steps, record] if (record := self._record()).weights else self._recorder.steps
         return replace(self._recorder, steps=list(steps)).trace(self._state.fallbacks)
+
+    def foreseen(self, steps: int) -> Trace:
+        """What a picture of so many steps will bring under a rule that does not measure. Leaves the session as it was."""
+        own = self._state
+        assert not own.rule.measures
+        state = FusionState(own.settings, own.rule, own.schedules)
+        everywhere = tuple(range(len(self._sites)))
+        recorder = replace(self._recorder, steps=[])
+        for index in range(steps):
+            step = Step.of(index, steps)
+            state.begin(step)
+            weights = state.rule.weights(step, None)
+            recorder.steps.append(TraceStep([(everywhere, weights)], (), None, state.levels, state.step_strengths, 1))
+        return recorder.trace()
 
     # Calls.
 
@@ -132,8 +149,10 @@ class Decisions:
             for block in self._blocks:
                 if block.ballot is None:
                     continue
-                levels = state.member_levels(block.group.members, block.group.downs.device)
-                for numbers, images, votes in block.ballot.counted(settings.criterion, settings.temperature == "rms", levels):
+                levels = state.member_levels(block.group.members, block.group.ups.device)
+                rms = settings.temperature == "rms"
+                indices = state.indices(block.group.ups.device)
+                for numbers, images, votes in block.ballot.counted(settings.criterion, rms, levels, state.workspace, indices):
                     self._tally.setdefault(images, []).append((numbers, state.spread(votes, block.group.members)))
             for number, images, own in state.collected:
                 self._tally.setdefault(images, []).append(((number,), own.unsqueeze(0)))
@@ -163,7 +182,7 @@ class Decisions:
             pieces.append((measured, _stacked([site.choice for site in chosen])))
         elif self._tally:
             measured, votes, missing = self._counted()
-        return TraceStep([piece for piece in pieces if piece[0]], measured, votes, state.levels, state.count, missing)
+        return TraceStep([piece for piece in pieces if piece[0]], measured, votes, state.levels, state.step_strengths, state.count, missing)
 
     def _takes_weights(self, number: int) -> bool:
         """Whether the rule's weights say something of a site: one that measures has nothing to say where there is one LoRA."""
@@ -234,28 +253,34 @@ class Decisions:
     # Weights into the layers.
 
     def _regroup(self) -> None:
-        """Put sites of one shape side by side."""
+        """Put sites side by side that are measured and chosen for together."""
         state = self._state
         self._blocks.clear()
-        self._in_place = None
-        groups: dict[tuple[object, ...], list[FusedSite]] = {}
+        self._in_place = self._places = None
+        groups: dict[tuple[Any, ...], list[FusedSite]] = {}
         for site in self._sites:
             site.pair = site.ballot = None
             operators = site.operators
-            if operators is None or operators.downs is None or not self._takes_weights(site.number):
+            if operators is None or operators.downs is None or operators.ups is None or not self._takes_weights(site.number):
                 continue
-            key = (site.members, operators.shape, operators.dtype, operators.device, site.tokens)
+            samples = sample_count(site.tokens, state.settings.vote_tokens) if operators.kernel is None else 0
+            key = (site.members, operators.ups.shape, operators.dtype, operators.device, samples)
             groups.setdefault(key, []).append(site)
-        for sites in groups.values():
-            alike = [site.operators for site in sites if site.operators is not None]
+        for (*_, samples), sites in groups.items():
+            sites.sort(key=lambda site: site.operators.downs.shape if site.operators and site.operators.downs is not None else ())
             numbers = tuple(site.number for site in sites)
-            group = Group(sites[0].members, alike)
+            group = Group(sites[0].members, [site.operators for site in sites if site.operators is not None])
             ballot = None
-            if state.rule.measures and alike[0].kernel is None and sites[0].tokens:
-                ballot = Ballot(group, numbers, sites[0].tokens, state.settings.vote_tokens)
-                for site in sites:
-                    site.ballot = ballot
+            if state.rule.measures and samples:
+                ballot = Ballot(group, numbers, samples, state.settings.vote_tokens)
+                for place, site in enumerate(sites):
+                    site.ballot, site.place = ballot, place
             self._blocks.append(_Block(group, sites, numbers, ballot))
+
+    def _winners_places(self, device: torch.device) -> _Places:
+        if self._places is None or self._places.numbers.device != device:
+            self._places = _Places.of(self._blocks, len(self._state.schedules), self._state.indices(device))
+        return self._places
 
     def _apply(self) -> None:
         """Bring the held weights into the layers."""
@@ -278,20 +303,16 @@ class Decisions:
         """The LoRA that has the weight, alone."""
         state = self._state
         assert self._held is not None
-        weights = self._held.squeeze(1)
-        winners = weights.argmax(-1)
-        for block in self._blocks:
-            group = block.group
-            places = self._numbers(block.numbers, weights.device)
-            if len(group.members) == len(state.schedules):
-                own = winners.index_select(0, places)
-            else:
-                own = state.columns(weights.index_select(0, places), group.members).argmax(-1)
-            levels = state.member_levels(group.members, weights.device)
-            group.choose(own, None if levels is None else levels.index_select(0, own))
+        device = self._held.device
+        places = self._winners_places(device)
+        winners = self._held.squeeze(1).index_select(0, places.numbers).argmax(-1, keepdim=True)
+        ups, downs = (table.gather(1, winners).squeeze(1) for table in (places.ups, places.downs))
+        levels = state.level_tensor(device).index_select(0, winners.squeeze(1)) if state.varying else None
+        for block, span in zip(self._blocks, places.spans):
+            block.group.choose(ups[span], downs[span], None if levels is None else levels[span])
             if block.paired != "selected":
-                down, up = group.chosen()
-                block.pair([(down[place], up[place]) for place in range(group.size)], "selected")
+                chosen, up = block.group.chosen()
+                block.pair(list(zip(block.group.each(chosen), up)), "selected")
 
     def _scale(self) -> None:
         """All LoRAs, one after another, each times its weight; without those whose strength is 0 at this step."""
@@ -312,8 +333,8 @@ class Decisions:
             if factors is not None:
                 factors = factors[..., span].to(ups.dtype)
                 ups = torch.mul(ups, factors.unsqueeze(-1).unsqueeze(-1) if factors.dim() == 2 else factors[:, None, None])
-            downs = group.downs[:, span]
-            block.pair([(downs[place].flatten(0, 1), ups[place].flatten(0, 1)) for place in range(group.size)], "scaled")
+            downs = group.each([stack[:, span].flatten(1, 2) for stack in group.downs])
+            block.pair(list(zip(downs, ups.flatten(1, 2))), "scaled")
 
 
 class _Block:
@@ -327,6 +348,37 @@ class _Block:
         self.paired = what
         for site, pair in zip(self.sites, pairs):
             site.pair, site.silent = pair, pair is None
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where every LoRA's matrices lie in the groups, for the n sites of all blocks, block by block.
+
+    numbers: (n,) int64, of the sites. ups, downs: (n, B) int64, places in a group's stacks; those of its first LoRA for one that does not
+    change the site. spans: of each block's sites.
+    """
+
+    numbers: Tensor
+    ups: Tensor
+    downs: Tensor
+    spans: tuple[slice, ...]
+
+    @classmethod
+    def of(cls, blocks: Sequence[_Block], members: int, indices: RowIndices) -> _Places:
+        numbers: list[int] = []
+        ups: list[int] = []
+        downs: list[int] = []
+        spans = []
+        for block in blocks:
+            group = block.group
+            own = [group.members.index(member) if member in group.members else 0 for member in range(members)]
+            starts = [place * len(group.members) for span in group.spans for place in range(span.stop - span.start)]
+            spans.append(slice(len(numbers), len(numbers) + group.size))
+            numbers += block.numbers
+            ups += [place * len(group.members) + at for place in range(group.size) for at in own]
+            downs += [start + at for start in starts for at in own]
+        up_table, down_table = (indices.numbers(values).view(-1, members) for values in (ups, downs))
+        return cls(indices.numbers(numbers), up_table, down_table, tuple(spans))
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -38,7 +38,7 @@ class FusedSite:
     number: of the site in the session. members: numbers of the LoRAs that change it, in order. strengths: their constant factors, folded
     into the operators. choice: (images, B), the rule's weights as decided in the layer in this step; known: the images that it holds for.
     votes: (images, B), what that was decided by. pair: the matrices that stand for all rows of this step, (down (k, in[, kh, kw]),
-    up (k, out)), where they were made for all sites at once. ballot: where samples for the next decision are put.
+    up (k, out)), where they were made for all sites at once. ballot, place: where samples for the next decision are put.
     """
 
     number: int
@@ -52,6 +52,7 @@ class FusedSite:
     votes: Tensor | None = None
     pair: tuple[Tensor, Tensor] | None = None
     ballot: Ballot | None = None
+    place: int = 0
     silent: bool = False
     tokens: int = 0
 
@@ -102,13 +103,13 @@ class FusedLayer(PatchedLayer):
         if not (y.is_contiguous() or (self.convolution and y.is_contiguous(memory_format=torch.channels_last))):
             return y.contiguous()
         # Three holders: the caller's variable, this one and the counting itself. One more is somebody who keeps the output.
-        fresh = sys.getrefcount(y) <= 3 and y.data_ptr() != x.data_ptr()
+        fresh = sys.getrefcount(y) <= 3 and (y.is_meta or y.data_ptr() != x.data_ptr())
         return y if fresh and not self._had_instance_forward and not torch.is_grad_enabled() else y.clone()
 
     def operators_of(self, site: FusedSite, device: torch.device, dtype: torch.dtype) -> Operators:
         """Bound at the first call, after the layer's own forward: hosts merge other LoRAs into the weight as late as that."""
         operators = site.operators
-        if operators is None or not operators.matches(device, dtype):
+        if operators is None or operators.dtype != dtype or operators.device != device:
             branches = site.bind(lambda: self.weight_of(self.module))
             operators = site.operators = Operators.make(branches, site.strengths, device, dtype)
             site.pair = site.ballot = None
@@ -188,7 +189,8 @@ class FusedLayer(PatchedLayer):
         """Measure and choose in the layer. Returns weights by row, (N, B), or (N, T, B) when tokens choose."""
         state = self.state
         assert state.step is not None
-        rows, fold = state.rows_of(view.batch)
+        entries = state.entries(view.batch)
+        rows, fold = entries.rows, entries.fold
         if state.settings.granularity != "image":
             return self._decided_by_row(site, operators, view)
         site.tokens = view.tokens(state)
@@ -225,17 +227,21 @@ class FusedLayer(PatchedLayer):
 
     def _measured(self, site: FusedSite, operators: Operators, x: Tensor, y: Tensor) -> Tensor:
         """(P, n, t) float32, the divergence of every token. x: (n, t, in), kernels unfolded; y: (n, t, out)."""
-        settings = self.state.settings
-        levels = self.state.member_levels(site.members, y.device)
+        state = self.state
+        settings = state.settings
+        levels = state.member_levels(site.members, y.device)
         n, t, _ = y.shape
         if operators.downs is not None and operators.ups is not None:
             downs, ups = operators.downs.flatten(2), operators.ups
             inner = torch.matmul(x.reshape(1, n * t, -1), downs.transpose(1, 2))  # (P, n t, r)
             if levels is not None:
                 inner = inner * levels.to(inner.dtype)[:, None, None]
-            deltas = lambda start, length: torch.bmm(  # noqa: E731
-                inner.view(len(ups), n, t, -1).narrow(2, start, length).flatten(1, 2), ups
-            ).view(len(ups), n, length, -1)
+            inner = inner.view(len(ups), n, t, -1)
+
+            def deltas(start: int, length: int) -> Tensor:
+                some = state.workspace.room("delta", (len(ups), n * length, ups.shape[-1]), ups.dtype, ups.device)
+                return torch.bmm(inner.narrow(2, start, length).flatten(1, 2), ups, out=some).view(len(ups), n, length, -1)
+
         else:
             assert operators.dense is not None
             whole = torch.matmul(x.reshape(1, n * t, -1), operators.dense.flatten(2).transpose(1, 2))
@@ -244,14 +250,18 @@ class FusedLayer(PatchedLayer):
             if levels is not None:
                 whole = whole * levels.to(whole.dtype)[:, None, None]
             whole = whole.view(-1, n, t, y.shape[-1])
-            deltas = lambda start, length: whole.narrow(2, start, length).to(torch.float32, copy=True)  # noqa: E731
-        return token_divergences(settings.criterion, y, deltas, rms=settings.temperature == "rms")
+
+            def deltas(start: int, length: int) -> Tensor:
+                return whole.narrow(2, start, length).to(torch.float32, copy=True)
+
+        return token_divergences(settings.criterion, y, deltas, rms=settings.temperature == "rms", workspace=state.workspace)
 
     def _decided_by_row(self, site: FusedSite, operators: Operators, view: View) -> Tensor:
         """Every row, or every token, chooses for itself; the record has each image's first conditional row's mean."""
         state = self.state
         assert state.step is not None
-        rows, fold = state.rows_of(view.batch)
+        entries = state.entries(view.batch)
+        rows, fold = entries.rows, entries.fold
         everything = tuple(range(len(rows.images)))
         x, y = view.sampled(everything, 0, state)
         per_token = self._measured(site, operators, x, y)  # (P, rows, T)
@@ -277,12 +287,12 @@ class FusedLayer(PatchedLayer):
     def _sample(self, site: FusedSite, operators: Operators, view: View) -> None:
         """Keep what the decision for the next step needs, or measure it now where the site has no like."""
         state = self.state
-        positions, images = state.voting(view.batch)
-        if not positions:
+        entries = state.entries(view.batch)
+        if not entries.positions:
             return
-        if site.ballot is not None and view.put(site.ballot, site.number, positions, images, state):
+        if site.ballot is not None and view.put(site.ballot, site.place, entries, state):
             return
-        state.collected.append((site.number, images, self._votes(site, operators, view, positions)))
+        state.collected.append((site.number, entries.images, self._votes(site, operators, view, entries.positions)))
 
 
 def is_convolution(module: nn.Module) -> bool:

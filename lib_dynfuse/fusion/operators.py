@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,10 +41,6 @@ class Operators:
         """What sites that are measured together have in common; low-rank only."""
         assert self.downs is not None and self.ups is not None
         return (*self.downs.shape, self.out)
-
-    def matches(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether they can be applied to such a layer's input."""
-        return self.dtype == dtype and self.device == device
 
     @classmethod
     def make(cls, branches: Sequence[LowRank | Dense], strengths: Sequence[float], device: torch.device, dtype: torch.dtype) -> Operators:
@@ -84,48 +81,63 @@ def _thin(branch: LowRank, strength: float, rank: int, device: torch.device, dty
 
 @dataclass
 class Group:
-    """G sites whose low-rank operators have one shape.
+    """G sites whose low-rank operators have one rank and one output's width.
 
-    members: P numbers of the LoRAs. operators: of the sites; their matrices become views of the stacks here, downs
-    (G, P, r, in[, kh, kw]) and ups (G, P, r, out).
+    members: P numbers of the LoRAs. operators: of the sites, those of one input's shape side by side; their matrices become views of the
+    stacks here, ups (G, P, r, out) and, for each shape of input, downs (g, P, r, in[, kh, kw]).
     """
 
     members: tuple[int, ...]
     operators: Sequence[Operators]
-    downs: Tensor = field(init=False)
+    downs: list[Tensor] = field(init=False)
     ups: Tensor = field(init=False)
-    _chosen: tuple[Tensor, Tensor] | None = field(default=None, init=False)
-    _starts: Tensor | None = field(default=None, init=False)
+    _chosen: tuple[list[Tensor], Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            downs = [operators.downs for operators in self.operators if operators.downs is not None]
-            ups = [operators.ups for operators in self.operators if operators.ups is not None]
-            self.downs, self.ups = torch.stack(downs), torch.stack(ups)
-            for number, operators in enumerate(self.operators):
-                operators.downs, operators.ups = self.downs[number], self.ups[number]
+            self.ups = torch.stack([_present(operators.ups) for operators in self.operators])
+            alike = itertools.groupby((_present(operators.downs) for operators in self.operators), key=lambda down: down.shape)
+            self.downs = [torch.stack(list(downs)) for _, downs in alike]
+            for operators, down, up in zip(self.operators, self.each(self.downs), self.ups):
+                operators.downs, operators.ups = down, up
 
     @property
     def size(self) -> int:
         return len(self.operators)
 
-    def chosen(self) -> tuple[Tensor, Tensor]:
-        """Room for one LoRA's matrices at each site, (G, r, in[, kh, kw]) and (G, r, out): the same tensors at every step."""
+    @property
+    def spans(self) -> list[slice]:
+        """Of the sites of each shape of input."""
+        ends = list(itertools.accumulate(len(downs) for downs in self.downs))
+        return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+    @staticmethod
+    def each(stacks: Sequence[Tensor]) -> list[Tensor]:
+        """The sites' own of what is stacked for each shape of input."""
+        return [own for stack in stacks for own in stack]
+
+    def chosen(self) -> tuple[list[Tensor], Tensor]:
+        """Room for one LoRA's matrices at each site, (g, r, in[, kh, kw]) each and (G, r, out): the same tensors at every step."""
         if self._chosen is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._chosen = torch.empty_like(self.downs[:, 0]), torch.empty_like(self.ups[:, 0])
-                self._starts = torch.arange(0, self.size * len(self.members), len(self.members), device=self.downs.device)
+                self._chosen = [torch.empty_like(downs[:, 0]) for downs in self.downs], torch.empty_like(self.ups[:, 0])
         return self._chosen
 
-    def choose(self, winners: Tensor, levels: Tensor | None) -> None:
-        """Gather the winners' matrices into `chosen`. winners: (G,) int64 among the members; levels: (G,) what they are multiplied by."""
-        down, up = self.chosen()
-        assert self._starts is not None
-        places = winners + self._starts
-        torch.index_select(self.downs.flatten(0, 1), 0, places, out=down)
-        torch.index_select(self.ups.flatten(0, 1), 0, places, out=up)
+    def choose(self, ups: Tensor, downs: Tensor, levels: Tensor | None) -> None:
+        """Gather matrices into `chosen`. ups, downs: (G,) int64, where the winner's lie in the stacks, the first two axes as one; levels:
+        (G,) what they are multiplied by.
+        """
+        chosen, up = self.chosen()
+        for span, stack, down in zip(self.spans, self.downs, chosen):
+            torch.index_select(stack.flatten(0, 1), 0, downs[span], out=down)
+        torch.index_select(self.ups.flatten(0, 1), 0, ups, out=up)
         if levels is not None:
             up.mul_(levels.to(up.dtype)[:, None, None])
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 __all__ = ["Group", "Operators"]

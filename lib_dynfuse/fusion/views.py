@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .call import FusionState
+    from .call import Entries, FusionState
     from .votes import Ballot
 
 
@@ -53,8 +53,8 @@ class View(ABC):
         """
 
     @abstractmethod
-    def put(self, ballot: Ballot, number: int, positions: tuple[int, ...], images: tuple[int, ...], state: FusionState) -> bool:
-        """Copy the same samples into the ballot's room for this site; False if they are not of its shape."""
+    def put(self, ballot: Ballot, place: int, entries: Entries, state: FusionState) -> bool:
+        """Copy the conditional rows' samples into the ballot's room for this site; False if they do not fit it."""
 
 
 class Tokens(View):
@@ -65,23 +65,31 @@ class Tokens(View):
     def __init__(self, x: Tensor, y: Tensor, start: int = 0, length: int | None = None):
         """x: (N, ..., in). y: (N, ..., out), contiguous; it is written to."""
         self.batch = x.shape[0] if x.dim() > 1 else 1
-        self.device = x.device
+        self.device = y.device
         self.dtype = y.dtype
-        self.x = x.reshape(-1, x.shape[-1])
+        # (N T, in); or (N, T, in) for an input of another order in memory, which need not be copied for a product.
+        self.x = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(self.batch, -1, x.shape[-1])
         self.y = y.view(-1, y.shape[-1])
         if length is not None:
             self.y = self.y.narrow(1, start, length)
 
     def add_pair(self, down: Tensor, up: Tensor, level: float) -> None:
-        self.y.addmm_(_as(torch.mm(self.x, down.t()), self.dtype), up, alpha=level)
+        self.y.addmm_(self._inner(down), up, alpha=level)
+
+    def _inner(self, down: Tensor) -> Tensor:
+        """down x: (N T, K)."""
+        x = self.x
+        if x.dim() == 2:
+            return _as(torch.mm(x, down.t()), self.dtype)
+        return _as(torch.bmm(x, down.t().expand(len(x), -1, -1)).flatten(0, 1), self.dtype)
 
     def add_by_row(self, down: Tensor, up: Tensor, weights: Tensor) -> None:
-        inner = _as(torch.mm(self.x, down.t()), self.dtype).view(self.batch, -1, weights.shape[-1], down.shape[0] // weights.shape[-1])
+        inner = self._inner(down).view(self.batch, -1, weights.shape[-1], down.shape[0] // weights.shape[-1])
         weights = weights.to(self.dtype).view(self.batch, -1, weights.shape[-1], 1)
         self.y.addmm_(_weighted(inner, weights).reshape(-1, down.shape[0]), up)
 
     def add_dense(self, weight: Tensor, bias: Tensor | None, level: float) -> None:
-        self.y.addmm_(self.x, weight.t(), alpha=level)
+        self.y.addmm_(self.x.reshape(-1, self.x.shape[-1]), weight.t(), alpha=level)
         if bias is not None:
             self.y.add_(bias, alpha=level)
 
@@ -91,29 +99,34 @@ class Tokens(View):
         self.y.add_(_weighted(change, weights).view(-1, weight.shape[0]))
 
     def tokens(self, state: FusionState) -> int:
-        rows, _ = state.rows_of(self.batch)
-        return self.x.shape[0] // len(rows.images)
+        return self.y.shape[0] // len(state.entries(self.batch).rows.images)
 
     def sampled(self, positions: tuple[int, ...], wanted: int, state: FusionState) -> tuple[Tensor, Tensor]:
         tokens = self.tokens(state)
         n = len(positions)
         start = positions[0]
+        sides = (self.x.reshape(-1, self.x.shape[-1]), self.y)
         if (not 0 < wanted < tokens) and positions == tuple(range(start, start + n)):
-            x, y = (side.narrow(0, start * tokens, n * tokens) for side in (self.x, self.y))
+            x, y = (side.narrow(0, start * tokens, n * tokens) for side in sides)
         else:
             places = state.indices(self.device).samples(positions, tokens, wanted)
-            x, y = (side.index_select(0, places) for side in (self.x, self.y))
+            x, y = (side.index_select(0, places) for side in sides)
         return x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, y.shape[-1])
 
-    def put(self, ballot: Ballot, number: int, positions: tuple[int, ...], images: tuple[int, ...], state: FusionState) -> bool:
-        tokens = self.tokens(state)
-        room = ballot.room(number, images, tokens)
-        if room is None:
+    def put(self, ballot: Ballot, place: int, entries: Entries, state: FusionState) -> bool:
+        tokens = self.y.shape[0] // len(entries.rows.images)
+        slot = ballot.slot(place, entries, tokens, state)
+        if slot is None:
             return False
-        places = state.indices(self.device).samples(positions, tokens, ballot.wanted)
-        graph = torch.is_grad_enabled()
-        torch.index_select(self.x.detach() if graph else self.x, 0, places, out=room[0])
-        torch.index_select(self.y.detach() if graph else self.y, 0, places, out=room[1])
+        x_room, y_room, places = slot
+        x, y = (self.x.detach(), self.y.detach()) if torch.is_grad_enabled() else (self.x, self.y)
+        torch.index_select(y, 0, places, out=y_room)
+        if x.dim() == 2:
+            torch.index_select(x, 0, places, out=x_room)
+        elif entries.fold == 1:
+            _put_rows(x, entries.positions, state.indices(self.device).samples((0,), tokens, ballot.wanted), x_room)
+        else:
+            torch.index_select(x.reshape(-1, x.shape[-1]), 0, places, out=x_room)
         return True
 
 
@@ -188,11 +201,10 @@ class Pixels(View):
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     def tokens(self, state: FusionState) -> int:
-        _, fold = state.rows_of(self.batch)
-        return fold * self.y.shape[2] * self.y.shape[3]
+        return state.entries(self.batch).fold * self.y.shape[2] * self.y.shape[3]
 
     def sampled(self, positions: tuple[int, ...], wanted: int, state: FusionState) -> tuple[Tensor, Tensor]:
-        rows, fold = state.rows_of(self.batch)
+        fold = state.entries(self.batch).fold
         entries = tuple(position * fold + k for position in positions for k in range(fold))
         at = state.indices(self.device).numbers(entries)
         pixels = self.y.shape[2] * self.y.shape[3]
@@ -203,19 +215,16 @@ class Pixels(View):
             x, y = x.index_select(1, places), y.index_select(1, places)
         return x, y
 
-    def put(self, ballot: Ballot, number: int, positions: tuple[int, ...], images: tuple[int, ...], state: FusionState) -> bool:
-        _, fold = state.rows_of(self.batch)
-        pixels = self.y.shape[2] * self.y.shape[3]
-        if fold != 1 or self._kernel != (1, 1) or not self._pointwise:
+    def put(self, ballot: Ballot, place: int, entries: Entries, state: FusionState) -> bool:
+        if entries.fold != 1 or self._kernel != (1, 1) or not self._pointwise:
             return False
-        room = ballot.room(number, images, pixels)
-        if room is None:
+        pixels = self.y.shape[2] * self.y.shape[3]
+        slot = ballot.slot(place, entries, pixels, state)
+        if slot is None:
             return False
         places = state.indices(self.device).samples((0,), pixels, ballot.wanted)
-        # An image's pixels are the columns of a matrix: rows of its transpose, which nothing has to be copied for.
-        for side, target in zip((self.x.detach(), self.y.detach()), room):
-            for position, part in zip(positions, target.view(len(positions), -1, target.shape[1])):
-                torch.index_select(side[position].flatten(1).t(), 0, places, out=part)
+        for side, room in zip((self.x.detach(), self.y.detach()), slot):
+            _put_rows(side.flatten(2).transpose(1, 2), entries.positions, places, room)
         return True
 
     def _patches(self, x: Tensor, state: FusionState) -> Tensor:
@@ -231,6 +240,12 @@ class Pixels(View):
         x = F.pad(x, list(padding), mode="constant" if mode == "zeros" else mode)
         columns = F.unfold(x, kernel, dilation=_two(self.module.dilation), stride=_two(self.module.stride))
         return columns.transpose(1, 2)
+
+
+def _put_rows(side: Tensor, positions: tuple[int, ...], places: Tensor, room: Tensor) -> None:
+    """side: (N, T, C), of any order in memory. The rows are taken one by one: none has to be copied to bring its tokens together."""
+    for position, part in zip(positions, room.view(len(positions), -1, room.shape[1])):
+        torch.index_select(side[position], 0, places, out=part)
 
 
 def _two(value: Any) -> tuple[int, int]:

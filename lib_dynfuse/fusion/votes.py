@@ -1,88 +1,112 @@
-"""Votes for the coming step: samples kept while a call runs, and measured after it, all layers of one shape together."""
+"""Votes for the coming step: samples kept while a call runs, and measured after it, all layers of one width together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .divergence import largest_chunk, measured
+from .divergence import Workspace, largest_chunk, measured
 from .operators import Group
+from .rows import RowIndices, sample_count
 
-Room = tuple[Tensor, Tensor]
-"""Where a site's samples go: of its input, (n, in), and of its base output, (n, out)."""
+if TYPE_CHECKING:
+    from .call import Entries, FusionState
+
+Images = tuple[int, ...]
+
+
+class Box:
+    """The samples of a group's sites in calls with the same conditional rows.
+
+    x: for each shape of input (g, n, in); y: (G, n, out), n samples of all rows together. rooms: each site's part, (n, in) and (n, out).
+    filled: places of the sites that were run.
+    """
+
+    def __init__(self, group: Group, samples: int):
+        with torch.inference_mode(False), torch.no_grad():
+            self.x = [downs.new_empty(len(downs), samples, downs.shape[-1]) for downs in group.downs]
+            self.y = group.ups.new_empty(group.size, samples, group.ups.shape[-1])
+        self.rooms = list(zip(group.each(self.x), self.y))
+        self.filled: set[int] = set()
 
 
 @dataclass
 class Ballot:
-    """The samples of one group's sites in one call. The group's layers are linear, or convolutions of 1 x 1.
+    """The samples of one group's sites. The group's layers are linear, or convolutions of 1 x 1.
 
-    wanted: tokens a row at most, 0 for all. tokens: of a row of these layers; sampled: of these, how many are kept.
+    numbers: of the sites. samples: of a row; wanted: the most that the settings ask for, 0 for all.
     """
 
     group: Group
     numbers: tuple[int, ...]
-    tokens: int
+    samples: int
     wanted: int
-    _boxes: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    _rooms: dict[tuple[int, int], Room] = field(default_factory=dict)
-    _filled: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
+    _boxes: dict[Images, Box] = field(default_factory=dict)
+    _slots: dict[tuple[tuple[int, ...], Images, int], tuple[Box, Tensor]] = field(default_factory=dict)
 
-    @property
-    def sampled(self) -> int:
-        return min(self.tokens, self.wanted) if self.wanted else self.tokens
-
-    def room(self, number: int, images: tuple[int, ...], tokens: int) -> Room | None:
-        """Of the site of this number for one conditional row per entry of images; None where its layer has another number of tokens."""
-        if tokens != self.tokens:
-            return None
-        self._filled.setdefault(images, set()).add(number)
-        key = (number, len(images))
-        if key not in self._rooms:
-            x, y = self._box(len(images))
-            place = self.numbers.index(number)
-            self._rooms[key] = x[place], y[place]
-        return self._rooms[key]
-
-    def _box(self, rows: int) -> tuple[Tensor, ...]:
-        if rows not in self._boxes:
-            samples = rows * self.sampled
-            with torch.inference_mode(False), torch.no_grad():
-                downs, ups = self.group.downs, self.group.ups
-                self._boxes[rows] = tuple(side.new_empty(self.group.size, samples, side.shape[-1]) for side in (downs, ups))
-        return self._boxes[rows]
+    def slot(self, place: int, entries: Entries, tokens: int, state: FusionState) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where a site's samples go, of its input and of its base output, and where they lie in its rows of so many tokens. None where
+        they are not as many as there is room for.
+        """
+        key = (entries.positions, entries.images, tokens)
+        known = self._slots.get(key)
+        if known is None:
+            if sample_count(tokens, self.wanted) != self.samples:
+                return None
+            images = entries.images
+            if images not in self._boxes:
+                self._boxes[images] = Box(self.group, len(images) * self.samples)
+            places = state.indices(self.group.ups.device).samples(entries.positions, tokens, self.wanted)
+            known = self._slots[key] = self._boxes[images], places
+        box, places = known
+        box.filled.add(place)
+        x, y = box.rooms[place]
+        return x, y, places
 
     @torch.no_grad()
-    def counted(self, criterion: str, rms: bool, levels: Tensor | None) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
+    def counted(
+        self, criterion: str, rms: bool, levels: Tensor | None, workspace: Workspace, indices: RowIndices
+    ) -> Iterator[tuple[tuple[int, ...], Images, Tensor]]:
         """What the calls since the last counting left: (numbers of the sites, images of the rows, (L, rows, P) float32)."""
-        for images, filled in self._filled.items():
-            if not filled:
+        for images, box in self._boxes.items():
+            if not box.filled:
                 continue
-            x, y = self._box(len(images))
-            numbers = tuple(number for number in self.numbers if number in filled)
-            downs, ups = self.group.downs, self.group.ups
-            if len(numbers) < self.group.size:  # a host left layers out of this call
-                places = torch.tensor([self.numbers.index(number) for number in numbers], device=x.device)
-                x, y, downs, ups = (side.index_select(0, places) for side in (x, y, downs, ups))
-            yield numbers, images, _divergences(criterion, rms, x, y, downs, ups, levels, len(images))
-        self._filled.clear()
+            votes = _divergences(criterion, rms, box, self.group, levels, len(images), workspace)
+            numbers = self.numbers
+            if len(box.filled) < len(numbers):  # a host left layers out of this call
+                filled = sorted(box.filled)
+                numbers = tuple(numbers[place] for place in filled)
+                votes = votes.index_select(0, indices.numbers(filled))
+            box.filled.clear()
+            yield numbers, images, votes
 
 
-def _divergences(criterion: str, rms: bool, x: Tensor, y: Tensor, downs: Tensor, ups: Tensor, levels: Tensor | None, rows: int) -> Tensor:
-    """(L, rows, P). x: (L, n, in), y: (L, n, out), downs: (L, P, r, in), ups: (L, P, r, out); n = rows * samples. levels: (P,)."""
-    layers, members, rank, _ = downs.shape
-    inner = torch.bmm(downs.flatten(1, 2), x.transpose(1, 2)).view(layers, members, rank, -1)
+def _divergences(criterion: str, rms: bool, box: Box, group: Group, levels: Tensor | None, rows: int, workspace: Workspace) -> Tensor:
+    """(G, rows, P). levels: (P,)."""
+    ups, y = group.ups, box.y
+    size, members, rank, width = ups.shape
+    samples = y.shape[1]
+    inner = workspace.room("inner", (size, members * rank, samples), y.dtype, y.device)
+    for span, downs, x in zip(group.spans, group.downs, box.x):
+        torch.bmm(downs.flatten(1, 2), x.transpose(1, 2), out=inner[span])
     if levels is not None:
-        inner = inner * levels.to(inner.dtype)[:, None, None]
-    chunk = max(1, largest_chunk(x.device) // (members * y.shape[1] * y.shape[2]))
+        inner.view(size, members, -1).mul_(levels.to(inner.dtype)[:, None])
+    inner, ups = inner.view(size * members, rank, samples).transpose(1, 2), ups.flatten(0, 1)
+    chunk = max(1, largest_chunk(y.device) // (members * samples * width))
     pieces = []
-    for start in range(0, layers, chunk):
-        some = slice(start, start + chunk)
-        delta = torch.bmm(inner[some].flatten(0, 1).transpose(1, 2), ups[some].flatten(0, 1)).view(-1, members, *y.shape[1:])
-        pieces.append(measured(criterion, y[some].unsqueeze(1), delta, rms=rms).view(-1, members, rows, y.shape[1] // rows).mean(-1))
+    for start in range(0, size, chunk):
+        length = min(chunk, size - start)
+        some = slice(start * members, (start + length) * members)
+        delta = workspace.room("delta", (length * members, samples, width), y.dtype, y.device)
+        torch.bmm(inner[some], ups[some], out=delta)
+        base = y.narrow(0, start, length).unsqueeze(1)
+        per_token = measured(criterion, base, delta.view(length, members, samples, width), rms=rms, workspace=workspace)
+        pieces.append(per_token.view(length, members, rows, -1).mean(-1))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).transpose(1, 2)
 
 
-__all__ = ["Ballot", "Room"]
+__all__ = ["Ballot", "Box"]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["vp", "flow"]
+Form = Literal["ancestral", "rectified", "exponential", "jump"]
 
 # The number of steps that the paper's m is meant for (its Fig. 5).
 PAPER_STEPS = 50
@@ -101,6 +102,25 @@ def exponential_down_level(s: float, s_next: float, eta: float) -> float:
     return s * (s_next / s) ** (1 + max(0.0, eta))
 
 
+def step_level(kind: Kind, s: float, reached: float, *, start: float | None = None, eta: float = 0.0, form: Form = "ancestral") -> Level:
+    """The level of a call at s whose step ends at `reached`.
+
+    start: level at which the step begins, if not at s (a sampler that churns calls at a level of its own). eta: how much fresh noise the
+    sampler adds, 0 for none. form: how it does. ancestral: k-diffusion's; on flow models nothing is scaled after it. rectified: that of
+    samplers made for flow models. exponential: see exponential_down_level. jump: it goes to D itself and adds noise to `reached`
+    (LCM, CFG++), whatever eta is.
+    """
+    start = s if start is None else start
+    if form == "jump":
+        return Level(kind, s, 0.0, reached)
+    if eta <= 0 or reached <= 0:
+        return Level(kind, s, reached)
+    if form == "rectified":
+        return Level(kind, s, down_level(start, reached, eta, "flow"), reached)
+    down = exponential_down_level(start, reached, eta) if form == "exponential" else down_level(start, reached, eta, "vp")
+    return Level(kind, s, down, reached if kind == "vp" else None)
+
+
 def limited(shift: Tensor, denoised: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """The shift, scaled down for the images in which its RMS is over `limit` times that of the denoised prediction.
 
@@ -153,21 +173,13 @@ class Schedule:
         place = self._levels_not_below(s)
         return self.levels[place] if place < len(self.levels) else 0.0
 
-    def level(self, s: float, *, eta: float = 0.0, exponential: bool = False, jump: bool = False) -> Level:
+    def level(self, s: float, *, start: float | None = None, eta: float = 0.0, form: Form = "ancestral") -> Level:
         """The step of a call at s, which may lie off the schedule (inner calls of Heun, DPM-2, DPM++ SDE).
 
-        eta: of an ancestral sampler. exponential: its step is that of exponential_down_level. jump: the sampler goes to D itself and
-        adds noise to the next level (LCM, CFG++).
+        start: where the step begins, if not at s. Else as step_level.
         """
-        reached = self.next_level(s)
-        if jump:
-            return Level(self.kind, s, 0.0, reached)
-        if eta <= 0 or reached <= 0:
-            return Level(self.kind, s, reached)
-        if exponential:
-            # These scale nothing after the step, on flow models neither (k-diffusion sampling.py, sample_dpmpp_2m_sde).
-            return Level(self.kind, s, exponential_down_level(s, reached, eta), reached if self.kind == "vp" else None)
-        return Level(self.kind, s, down_level(s, reached, eta, self.kind), reached)
+        start = s if start is None else start
+        return step_level(self.kind, s, self.next_level(start), start=start, eta=eta, form=form)
 
     def _levels_not_below(self, s: float) -> int:
         return bisect_right(self._rising, -s * (1 - self._tolerance))
@@ -175,6 +187,7 @@ class Schedule:
 
 __all__ = [
     "PAPER_STEPS",
+    "Form",
     "Kind",
     "Level",
     "Schedule",
@@ -184,4 +197,5 @@ __all__ = [
     "exponential_down_level",
     "fast_factor",
     "limited",
+    "step_level",
 ]

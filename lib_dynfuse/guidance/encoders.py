@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..reasons import first_line
 from .preprocessing import prepared
 from .torchscript import is_torchscript, torchscript_state
 from .weights import EncoderError, EncoderSources, ModelFiles, Progress, clip_files, dino_files, imported
@@ -57,15 +58,16 @@ class ImageEncoder:
         In the network's float32 also under a host's autocast: in half precision the score's gradient would be mostly rounding.
         """
         weight = next(self.network.parameters())
-        with _without_autocast(weight.device):
+        with without_autocast(weight.device.type):
             inputs = prepared(pictures.to(weight.device, weight.dtype), self.size, self.mean, self.std)
             features = self.network(inputs)
             return F.normalize(features, dim=-1)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Inside, operations on that kind of device keep their operands' types, whatever a host has switched on."""
     try:
-        return torch.autocast(device.type, enabled=False)
+        return torch.autocast(device_type, enabled=False)
     except RuntimeError:  # a device that has no autocast, such as MPS in torch 2.1
         return nullcontext()
 
@@ -160,7 +162,7 @@ def _clip_encoder(files: ModelFiles) -> ImageEncoder:
         tower = build(config["embed_dim"], vision, quick_gelu)
         height, width = tower.image_size if isinstance(tower.image_size, Sequence) else (tower.image_size, tower.image_size)
     except Exception as error:  # whatever a configuration of another time or another program leads to
-        raise _refusal(files, f"{_release('open_clip_torch')} cannot build it ({_reason(error)})") from None
+        raise _refusal(files, f"{_release('open_clip_torch')} cannot build it ({first_line(error)})") from None
     if height != width:
         raise _refusal(files, f"it takes pictures of {width} × {height} pixels, and only square ones are supported")
     _fill(tower, state, files)
@@ -189,7 +191,7 @@ def _dino_encoder(files: ModelFiles) -> ImageEncoder:
         vit = transformers.ViTModel(transformers.ViTConfig.from_dict(content), add_pooling_layer=False)
         size = int(vit.config.image_size)
     except Exception as error:  # as with CLIP
-        raise _refusal(files, f"{_release('transformers')} cannot build it ({_reason(error)})") from None
+        raise _refusal(files, f"{_release('transformers')} cannot build it ({first_line(error)})") from None
     # A classifier's file names the same weights with a prefix, and holds more than is needed; so does DINO's, its pooling layer.
     state = {key.removeprefix("vit."): value for key, value in state.items()}
     _fill(vit, {key: state[key] for key in vit.state_dict() if key in state}, files)
@@ -250,7 +252,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise EncoderError(f"The encoder's file {path} cannot be read: {_reason(error)}.") from None
+        raise EncoderError(f"The encoder's file {path} cannot be read: {first_line(error)}.") from None
     if not isinstance(content, dict):
         raise EncoderError(f"The encoder's file {path} cannot be read: it describes no model.")
     return content
@@ -273,7 +275,7 @@ def _state(files: ModelFiles, prefix: str = "") -> tuple[dict[str, Tensor], bool
     except pickle.UnpicklingError:
         raise _refusal(files, "it is damaged or holds other things than tensors, which might be code, and was not opened") from None
     except Exception as error:  # a damaged file makes its reader fail in any way
-        raise _refusal(files, f"it is damaged ({_reason(error)})") from None
+        raise _refusal(files, f"it is damaged ({first_line(error)})") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     # A1111 replaces torch.load by its own check, which prints its refusal and returns None.
@@ -297,8 +299,4 @@ def _release(package: str) -> str:
         return package
 
 
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-__all__ = ["Embeddings", "EncoderError", "EncoderSources", "Encoders", "ImageEncoder", "load_encoders"]
+__all__ = ["Embeddings", "EncoderError", "EncoderSources", "Encoders", "ImageEncoder", "load_encoders", "without_autocast"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from ..settings import FuseSettings
 from .correction import Level, Schedule, effective_m, exact_factor, fast_factor, limited
 from .decode import LatentDecoder
-from .encoders import Encoders
+from .encoders import Encoders, without_autocast
 from .score import TERMS, Targets, score, similarities
 
 # Fractions of the steps come from sliders: 0.30000000000000004 is 0.3.
@@ -235,15 +234,8 @@ def _normal(targets: Targets) -> Targets:
 @contextlib.contextmanager
 def _gradients(device_type: str) -> Iterator[None]:
     """Gradients whatever the host runs under, and its autocast off: encoders and loss are float32's business (and decoders cast)."""
-    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(device_type):
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(device_type):
         yield
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    try:
-        return torch.autocast(device_type, enabled=False)
-    except RuntimeError:  # a device that has no autocast
-        return contextlib.nullcontext()
 
 
 def _pulled_back(gradient: Tensor, output: Tensor, leaf: Tensor) -> Tensor:

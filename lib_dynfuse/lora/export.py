@@ -37,6 +37,9 @@ from .matching import SiteBranch, branches_by_site, compatible
 from .naming import Alias, Site
 from .reader import LoraFile
 
+Progress = Callable[[int, int], None]
+"""(layers done, layers in all)"""
+
 _TEXT_PREFIXES = {"te1": "lora_te_", "te2": "lora_te2_", "t5": "lora_te3_"}
 
 
@@ -82,16 +85,15 @@ def write_merged(
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str] | None = None,
     weight_of: Callable[[str], Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """Write the LoRAs of `shares` as one file. Arguments: see `merged_tensors`. A file that exists is never overwritten.
 
     metadata: the settings it was made with, written under "dynfuse_<name>". Raises LoraError: one sentence.
     """
     path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise LoraError(f"{path.name} cannot be written: its name must end in .safetensors.")
-    _refuse_existing(path)
-    tensors, report = merged_tensors(shares, layers=layers, rank=rank, dtype=dtype, weight_of=weight_of)
+    check_target(path)
+    tensors, report = merged_tensors(shares, layers=layers, rank=rank, dtype=dtype, weight_of=weight_of, progress=progress)
     _save(path, tensors, _metadata(path, [share.file for share in shares], report, metadata or {}))
     return report
 
@@ -103,13 +105,15 @@ def merged_tensors(
     rank: int | None = None,
     dtype: torch.dtype = torch.float16,
     weight_of: Callable[[str], Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], MergeReport]:
     """The merged LoRA's tensors by their keys, and the report.
 
     layers: dotted layer names of the model, in any scheme, with the shapes of their weights where known: its sites are what the shares'
     factors are asked for. By default those of the published model of the LoRAs' family, in its authors' scheme (LDM, BFL).
     rank: highest rank of a layer; higher ones are reduced by singular values. None: every layer exactly.
-    weight_of: dotted layer name -> the layer's weight, dequantised, for the kinds that depend on it.
+    weight_of: dotted layer name -> the layer's weight on the CPU, dequantised, for the kinds that depend on it. progress: called after
+    each layer of the denoiser.
     Raises SettingsError for the rank, LoraError: the LoRAs do not go together, fit no layer, or are of a kind that cannot be written.
     """
     if rank is not None and rank < 1:
@@ -118,7 +122,7 @@ def merged_tensors(
     if layers is None:
         layers = reference_layers(base.name) if base is not None else {}
     writer = _Writer(rank, dtype)
-    unmatched = _write_denoiser(writer, shares, layers, base, weight_of)
+    unmatched = _write_denoiser(writer, shares, layers, base, weight_of, progress)
     _write_text_encoders(writer, shares, base)
     if not writer.tensors:
         names = " and ".join(share.file.path.name for share in shares)
@@ -132,6 +136,7 @@ def _write_denoiser(
     layers: Mapping[str, Shape | None],
     base: Family | None,
     weight_of: Callable[[str], Tensor] | None,
+    progress: Progress | None,
 ) -> dict[str, list[str]]:
     """Returns the keys that fit no layer, by LoRA."""
     aliases = denoiser_aliases(layers)
@@ -142,10 +147,13 @@ def _write_denoiser(
         unmatched.setdefault(share.file.name, []).extend(keys)
         found.append({site: binding for site, binding in sites.items() if share.factor(site)})
         if weight_of is None:
-            _refuse_weight_dependent(share, [binding.branch for binding in found[-1].values()])
+            _refuse_weight_dependent(
+                share, [binding.branch for binding in found[-1].values()], "; generate --save-lora, which loads the model, can merge it"
+            )
     shifts = [_shifts(share, aliases) for share in shares]
     touched: set[Site] = set().union(*found, *shifts)
-    for name, targets in _targets(aliases, base, touched):
+    written = list(_targets(aliases, base, touched))
+    for done, (name, targets) in enumerate(written):
         layer, site = _Layer(f"lora_unet_{name}"), targets[0].site
         for number, share in enumerate(shares):
             for alias in targets:
@@ -153,6 +161,8 @@ def _write_denoiser(
                     layer.add((number, binding.name), _piece(binding, alias.site, weight_of), share.factor(alias.site), alias)
         writer.write(layer, layers.get(site.layer))
         writer.write_norm(layer.key, [(at[site], share.factor(site)) for share, at in zip(shares, shifts) if site in at])
+        if progress is not None:
+            progress(done + 1, len(written))
     return unmatched
 
 
@@ -204,13 +214,13 @@ def _targets(aliases: Mapping[str, list[Alias]], base: Family | None, touched: s
             yield name, targets
 
 
-def _refuse_weight_dependent(share: Share, branches: Sequence[Branch]) -> None:
+def _refuse_weight_dependent(share: Share, branches: Sequence[Branch], way_out: str = "") -> None:
     dependent = sum(isinstance(branch, FromWeight) and not branch.only_bias for branch in branches)
     if dependent:
         kinds = [kind for kind in share.file.kinds if kind.startswith("DoRA") or kind in ("IA3", "OFT", "BOFT", "GLoRA")]
         raise LoraError(
             f"{share.file.path.name} cannot be merged into one file: {dependent} of its layers ({', '.join(kinds)}) depend on "
-            "the base model's own weights."
+            f"the base model's own weights{way_out}."
         )
 
 
@@ -472,7 +482,10 @@ def _rename(partial: Path, path: Path) -> None:
         raise
 
 
-def _refuse_existing(path: Path) -> None:
+def check_target(path: Path) -> None:
+    """Raises LoraError if a merged file cannot have this name: its ending, a file that exists, a folder that does not."""
+    if path.suffix.lower() != ".safetensors":
+        raise LoraError(f"{path.name} cannot be written: its name must end in .safetensors.")
     if os.path.lexists(path):
         raise _existing(path)
     if not path.parent.is_dir():
@@ -490,4 +503,4 @@ def _reason(error: OSError | SafetensorError) -> str:
     return (found[1] if found else (str(error).strip().splitlines() or [type(error).__name__])[0]).rstrip(".")
 
 
-__all__ = ["MergeReport", "Share", "merged_tensors", "write_merged"]
+__all__ = ["MergeReport", "Progress", "Share", "check_target", "merged_tensors", "write_merged"]

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
+from ..reasons import first_line
 from . import families
 from .branch import Branch, Dense, LoraError, LowRank, NormShift
 from .families import (
@@ -212,13 +213,13 @@ def _opened_safetensors(path: Path, beginning: bytes, size: int) -> tuple[list[s
                 # Clones, because a tensor that safetensors maps from the file would change, or kill the process, with the file.
                 return {key: file.get_tensor(key).clone() for key in keys}
         except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise LoraError(f"{path.name} cannot be read: {_first_line(error)}.") from None
+            raise LoraError(f"{path.name} cannot be read: {first_line(error)}.") from None
 
     try:
         with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
             return list(file.keys()), load, dict(file.metadata() or {})
     except SafetensorError as error:
-        reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else _first_line(error)
+        reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else first_line(error)
         raise LoraError(f"{path.name} cannot be read: {reason}.") from None
 
 
@@ -228,7 +229,7 @@ def _opened_pickle(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
     except pickle.UnpicklingError:
         raise LoraError(f"{path.name} was not opened: it is damaged or holds other things than tensors, which might be code.") from None
     except Exception as error:  # a damaged pickle makes its reader fail in any way, struct.error and AssertionError among them
-        raise LoraError(f"{path.name} cannot be read: it is damaged ({_first_line(error)}).") from None
+        raise LoraError(f"{path.name} cannot be read: it is damaged ({first_line(error)}).") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     # A1111 replaces torch.load by its own check, which prints its refusal and returns None.
@@ -248,10 +249,6 @@ def _refuse_infinite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if not torch.isfinite(numbers).all():
             what = "NaN, which is no number" if numbers.isnan().any() else "an infinite number"
             raise LoraError(f"{path.name} cannot be used: its tensor {key} holds {what}.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _changes_something(roles: Mapping[str, str]) -> bool:

@@ -12,7 +12,7 @@ SAVE_MAP = "dynfuse_save_map"
 def register() -> None:
     """Add the page to the host's settings. Called while scripts load: also an API-only WebUI then knows the options.
 
-    The host part reads these names from shared.opts (hosts.base); what differs there is not looked up here.
+    The host part reads these names from shared.opts (hosts.webui.storage); what differs there is not looked up here.
     """
     from modules import shared
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from modules import errors, extra_networks, script_callbacks, scripts
 
 from ..guidance.guide import wants_guidance
-from ..hosts.base import detect
+from ..hosts.webui.detect import detect
 from ..settings import FuseSettings, SettingsError
 from ..text import infotext, tag
 from . import options, panel, results
@@ -84,7 +84,9 @@ class DynFuseScript(scripts.Script):
     def after_component(self, component: Any, **kwargs: Any) -> None:
         tab = _tab(self.is_img2img)
         if self._panel is not None and kwargs.get("elem_id") == f"generation_info_{tab}":
-            panel.refresh_result_on_change(component, self._panel, functools.partial(results.result_html, tab), detect())
+            host = detect()
+            panel.refresh_result_on_change(component, self._panel, functools.partial(results.result_html, tab), host)
+            panel.offer_to_save(component, self._panel, functools.partial(results.recipe, tab), host)
 
     @_harmless
     def process(self, p: Any, *arguments: Any) -> None:
@@ -104,7 +106,7 @@ class DynFuseScript(scripts.Script):
         if settings is not None and not all(tag.find_tags(prompt) for prompt in prompts):
             p.extra_generation_params.update(infotext.settings_fields(_repeatable(settings, p.all_seeds)))
             names += settings.subjects + settings.styles
-        p.extra_generation_params.update(infotext.hash_field(names, detect().lora_hash))
+        p.extra_generation_params.update(infotext.hash_field(names, detect().catalogue.hash))
         if p.disable_extra_networks and (settings is not None or tags):
             _say(p, "extra networks are disabled for this job, so the LoRAs were not fused")
 

@@ -16,8 +16,8 @@ from lib_dynfuse.bench import guidance, main, networks, operations
 from lib_dynfuse.fusion import FusionSession
 from lib_dynfuse.guidance.decode import VaeDecoder
 from tests.fakes.encoders import small_encoders
-from tests.hosts import tiny_pipelines
-from tests.hosts.test_diffusers import SD
+from tests.hosts.diffusers import tiny_pipelines
+from tests.hosts.diffusers.test_pipeline import SD
 
 ROOT = Path(__file__).parents[2]
 

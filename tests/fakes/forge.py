@@ -51,7 +51,7 @@ class LoraLoader:
                         change = tensors[0]
                     else:
                         up, down, alpha, _mid, _dora = tensors
-                        change = alpha / down.shape[0] * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+                        change = alpha / down.shape[0] * (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
                     merged += strength * change
                 set_parameter(self.model, key, nn.Parameter(merged, requires_grad=False))
         self.loaded_hash = wanted
@@ -154,6 +154,7 @@ class FakeForge(FakeWebUI):
         self.module("backend.patcher.unet", UnetPatcher=UnetPatcher)
         self.module("backend.operations", get_weight_and_bias=get_weight_and_bias)
         self.module("backend.args", dynamic_args={})
+        self.modules["modules.sd_samplers_cfg_denoiser"].sampling_function = sampling_function
         self.module("backend.modules.k_prediction", PredictionFlux=PredictionFlux)
         self.modules["modules.sd_samplers_common"].store_latent = self.store_latent
         self.modules["modules.sd_models"].model_data.forge_loading_parameters = {"additional_modules": [], "unet_storage_dtype": None}
@@ -252,7 +253,7 @@ def clip_keys(clip):
 
 
 class CFGDenoiser(nn.Module):
-    """modules/sd_samplers_cfg_denoiser.py and backend/sampling/sampling_function.py: the same batches of the model's calls."""
+    """modules/sd_samplers_cfg_denoiser.py."""
 
     def __init__(self, webui, sampler, p):
         super().__init__()
@@ -266,29 +267,39 @@ class CFGDenoiser(nn.Module):
 
     def forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond):
         common = self.webui.modules["modules.sd_samplers_common"]
-        if common.apply_refiner(self, x):
+        if self.switched(common, x, sigma):
             cond, uncond = (self.sampler.sampler_extra_args[key] for key in ("cond", "uncond"))
         self.p.hook("cfg_denoiser")
-        parts = max(len(image) for image in cond.batch)
-        to_run = [(torch.stack([image[part] for image in cond.batch]), COND) for part in range(parts)]
-        if cond_scale != 1.0:
-            to_run.append((torch.stack(uncond), UNCOND))
-        sums = {COND: torch.zeros_like(x), UNCOND: torch.zeros_like(x)}
-        while to_run:
-            together = [i for i, (context, _) in enumerate(to_run) if context.shape == to_run[0][0].shape][::-1]
-            if self.webui.memory_is_short:
-                together = together[:1]
-            batch = [to_run.pop(i) for i in together]
-            kinds = [kind for _, kind in batch]
-            model = self.inner_model.inner_model.forge_objects.unet.model
-            options = {"cond_or_uncond": kinds, "sigmas": sigma}
-            latents, times = torch.cat([x] * len(batch)), torch.cat([sigma] * len(batch))
-            out = model.diffusion_model(latents, times, context=torch.cat([c for c, _ in batch]), control=None, transformer_options=options)
-            for kind, rows in zip(kinds, (latents - out).chunk(len(batch))):
-                sums[kind] += rows / (parts if kind == COND else 1)
-        denoised = sums[COND] if cond_scale == 1.0 else sums[UNCOND] + cond_scale * (sums[COND] - sums[UNCOND])
+        sampling_function = self.webui.modules["modules.sd_samplers_cfg_denoiser"].sampling_function
+        denoised = sampling_function(self, types.SimpleNamespace(x=x, sigma=sigma, text_cond=cond, text_uncond=uncond), cond_scale, None)
         self.sampler.last_latent = denoised
         common.store_latent(denoised)
         self.p.hook("cfg_after_cfg")
         self.step += 1
         return denoised
+
+    def switched(self, common, x, sigma):
+        return common.apply_refiner(self, x)
+
+
+def sampling_function(denoiser, denoiser_params, cond_scale, cond_composition):
+    """backend/sampling/sampling_function.py: the same batches of the model's calls. D after CFG."""
+    x, sigma, cond, uncond = denoiser_params.x, denoiser_params.sigma, denoiser_params.text_cond, denoiser_params.text_uncond
+    parts = max(len(image) for image in cond.batch)
+    to_run = [(torch.stack([image[part] for image in cond.batch]), COND) for part in range(parts)]
+    if cond_scale != 1.0:
+        to_run.append((torch.stack(uncond), UNCOND))
+    sums = {COND: torch.zeros_like(x), UNCOND: torch.zeros_like(x)}
+    while to_run:
+        together = [i for i, (context, _) in enumerate(to_run) if context.shape == to_run[0][0].shape][::-1]
+        if denoiser.webui.memory_is_short:
+            together = together[:1]
+        batch = [to_run.pop(i) for i in together]
+        kinds = [kind for _, kind in batch]
+        model = denoiser.inner_model.inner_model.forge_objects.unet.model
+        options = {"cond_or_uncond": kinds, "sigmas": sigma}
+        latents, times = torch.cat([x] * len(batch)), torch.cat([sigma] * len(batch))
+        out = model.diffusion_model(latents, times, context=torch.cat([c for c, _ in batch]), control=None, transformer_options=options)
+        for kind, rows in zip(kinds, (latents - out).chunk(len(batch))):
+            sums[kind] += rows / (parts if kind == COND else 1)
+    return sums[COND] if cond_scale == 1.0 else sums[UNCOND] + cond_scale * (sums[COND] - sums[UNCOND])

@@ -5,7 +5,6 @@ What their modules have and lack is theirs (Neo 2.26, reForge 3b56b26, Forge Cla
 
 from __future__ import annotations
 
-import types
 import uuid
 
 import torch
@@ -120,28 +119,10 @@ class FakeNeo(FakeForge):
 
 class CFGDenoiser(forge.CFGDenoiser):
     def forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond, **kwargs):
-        common = self.webui.modules["modules.sd_samplers_common"]
-        # The refiner is asked with the level too (sd_samplers_cfg_denoiser.py:117); the rest is Forge's.
-        if common.apply_refiner(self, x, sigma[0]):
-            cond, uncond = (self.sampler.sampler_extra_args[key] for key in ("cond", "uncond"))
-        quiet = types.SimpleNamespace(
-            modules={"modules.sd_samplers_common": Quiet(common)}, memory_is_short=False, shared=self.webui.shared
-        )
-        webui, self.webui = self.webui, quiet
-        try:
-            return super().forward(x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond)
-        finally:
-            self.webui = webui
+        return super().forward(x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond)
 
-
-class Quiet:
-    """modules.sd_samplers_common, with the refiner already asked."""
-
-    def __init__(self, common):
-        self.store_latent = common.store_latent
-
-    def apply_refiner(self, cfg_denoiser, x):
-        return False
+    def switched(self, common, x, sigma):
+        return common.apply_refiner(self, x, sigma[0])  # sd_samplers_cfg_denoiser.py:117
 
 
 class FakeClassic(FakeNeo):

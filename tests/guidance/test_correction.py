@@ -122,7 +122,7 @@ def test_the_exact_factor_reproduces_a_dpm_pp_2m_sde_step_followed_by_eq_20(s, s
         x = x + noise * s_next * math.sqrt(-math.expm1(-2 * eta * h))
         return x * model.alpha_next**0.5
 
-    level = Schedule("vp", [s, s_next]).level(s, eta=eta, exponential=True)
+    level = Schedule("vp", [s, s_next]).level(s, eta=eta, form="exponential")
     torch.testing.assert_close(first_step(model.corrected(level)), first_step(model.denoised) - M * model.paper, **EXACT)
 
 
@@ -133,7 +133,7 @@ def test_the_exact_factor_reproduces_an_lcm_step_followed_by_eq_20(s, s_next):
     def lcm(denoised):
         return model.alpha_next**0.5 * denoised + (1 - model.alpha_next) ** 0.5 * noise
 
-    level = Schedule("vp", [s, s_next]).level(s, jump=True)
+    level = Schedule("vp", [s, s_next]).level(s, form="jump")
     torch.testing.assert_close(lcm(model.corrected(level)), lcm(model.denoised) - M * model.paper, **EXACT)
 
 
@@ -159,7 +159,7 @@ def test_the_flow_factor_reproduces_a_rectified_ancestral_step_followed_by_eq_20
         x = down / t * model.x + (1 - down / t) * denoised
         return (1 - t_next) / (1 - down) * x + renoise * noise
 
-    level = Schedule("flow", [t, t_next]).level(t, eta=eta)
+    level = Schedule("flow", [t, t_next]).level(t, eta=eta, form="rectified")
     torch.testing.assert_close(euler_ancestral(model.corrected(level)), euler_ancestral(model.denoised) - M * model.paper, **EXACT)
 
 
@@ -170,7 +170,7 @@ def test_the_flow_factor_reproduces_a_consistency_step_followed_by_eq_20(t, t_ne
     def lcm(denoised):
         return (1 - t_next) * denoised + t_next * noise
 
-    level = Schedule("flow", [t, t_next]).level(t, jump=True)
+    level = Schedule("flow", [t, t_next]).level(t, form="jump")
     torch.testing.assert_close(lcm(model.corrected(level)), lcm(model.denoised) - M * model.paper, **EXACT)
 
 
@@ -323,4 +323,4 @@ class TestSchedule:
         assert Schedule("vp", self.LEVELS).level(0.2, eta=1.0) == Level("vp", 0.2, 0.0)
 
     def test_a_jump_goes_all_the_way(self):
-        assert Schedule("vp", self.LEVELS).level(3.0, jump=True) == Level("vp", 3.0, 0.0, 1.0)
+        assert Schedule("vp", self.LEVELS).level(3.0, form="jump") == Level("vp", 3.0, 0.0, 1.0)

@@ -14,7 +14,7 @@ from lib_dynfuse.guidance.references import ReferenceCache
 
 
 class FakeHost:
-    """What hosts.base.WebUIHost promises, over a dict of LoRAs: name -> hash."""
+    """What hosts.webui.host.WebUIHost and its catalogue promise, over a dict of LoRAs: name -> hash."""
 
     name = "fake"
     off = None
@@ -25,23 +25,30 @@ class FakeHost:
         self.previews = previews or {}
         self.refreshed = 0
         self.installed = None
+        self.catalogue = self
 
-    def lora_names(self):
+        self.lora_folder = folder.parent / "Lora"
+        self.lora_folder.mkdir(exist_ok=True)
+
+    def folder(self):
+        return self.lora_folder
+
+    def names(self):
         return list(self.loras)
 
     def refresh(self):
         self.refreshed += 1
 
-    def lora_path(self, name):
+    def path(self, name):
         return f"/loras/{name}.safetensors" if name in self.loras else None
 
-    def lora_hash(self, name):
+    def hash(self, name):
         return self.loras.get(name)
 
-    def lora_name_by_hash(self, value):
+    def name_by_hash(self, value):
         return next((name for name, other in self.loras.items() if other == value), None)
 
-    def lora_preview(self, name):
+    def preview(self, name):
         return self.previews.get(name)
 
     def passes(self, p):

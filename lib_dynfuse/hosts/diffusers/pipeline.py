@@ -1,0 +1,267 @@
+"""Fused images from a diffusers pipeline, for programs without a WebUI.
+
+    pipeline = load_pipeline("stable-diffusion-v1-5/")
+    fused = FusedPipeline(pipeline, read_lora("dog.safetensors"), read_lora("watercolor.safetensors"), FuseSettings())
+    result = fused("a dog in a park", seeds=[1])
+    result.images[0].save("dog.png")
+
+The pipeline keeps its own loop, scheduler and classifier-free guidance. Our forwards lie on its denoiser and its
+text encoders only while these run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ...fusion import FusionSession, Report, Rows, Trace
+from ...guidance.encoders import Encoders, load_encoders
+from ...guidance.guide import GuidanceRecord, wants_guidance
+from ...guidance.references import Reference, reference_of_given, sides_needed
+from ...guidance.score import Targets
+from ...guidance.weights import EncoderError
+from ...reasons import first_line
+from ...settings import FuseSettings
+from ..references import alone
+from ..sides import Loras, as_tuple
+from ..wrapping import wrapped
+from .guidance import GuidanceSources, GuidedCall, NoDecoderError, guidance_decoders
+from .loading import PipelineError
+from .references import Job, influential, reference_key, reference_prompt
+from .schedulers import SchedulerError, SchedulerSteps, StepsOfCalls
+from .text import SummedTextParts, text_encoders
+
+
+@dataclass(frozen=True)
+class FusedImages:
+    """images: PIL, in the order of the seeds. trace, report: as a session's. notes: sentences that the user should see.
+
+    guidance: what the guidance saw and did, None where there was none. references: what it steered towards.
+    """
+
+    images: list[Image.Image]
+    trace: Trace
+    report: Report
+    notes: list[str]
+    guidance: GuidanceRecord | None = None
+    references: list[Reference] = field(default_factory=list)
+
+
+Progress = Callable[[int, int], None]
+"""(steps done, steps in all)"""
+ReferenceProgress = Callable[[str, int, int], None]
+"""(side: "subject" or "style", steps done, steps in all)"""
+
+
+class FusedPipeline:
+    """A pipeline and its LoRAs. Nothing is changed on the pipeline between calls."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        subject: Loras,
+        style: Loras,
+        settings: FuseSettings | None = None,
+        guidance: GuidanceSources | None = None,
+    ):
+        """pipeline: a diffusers pipeline of PIPELINES. subject, style: one LoRA or several. guidance: where a guided call takes its
+        encoders from and keeps its references, None for the user's own folders. Raises FusionError when the LoRAs do not fit the pipeline
+        or each other.
+        """
+        self.pipeline = pipeline
+        self.subjects, self.styles = as_tuple(subject), as_tuple(style)
+        self.settings = settings or FuseSettings()
+        self.guidance = guidance or GuidanceSources()
+        self._text = SummedTextParts(text_encoders(pipeline), self.subjects, self.styles, self.settings)
+        self._new_session()  # tells now whether the pair fits, not after the prompt was encoded
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        seeds: Sequence[int] = (0,),
+        steps: int = 30,
+        cfg_scale: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        progress: Progress | None = None,
+        reference_progress: ReferenceProgress | None = None,
+        **more: Any,
+    ) -> FusedImages:
+        """One image per seed, as one batch; an image does not depend on the others of its batch.
+
+        cfg_scale: the CFG scale (Flux: the distilled guidance), None for the pipeline's default. width, height: pixels, None for the
+        model's own size. progress: called with (steps done, steps) after each. reference_progress: the same while a reference is made.
+        more: passed on to the pipeline.
+        Raises PipelineError for arguments that the pipeline refuses, and where the guidance cannot follow its scheduler; EncoderError
+        and SettingsError where an encoder or a reference picture cannot be had.
+        """
+        session = self._new_session()
+        notes = list(self._text.notes)
+        job = Job(negative_prompt, seeds[0], steps, cfg_scale, width, height, more)
+        # Under a caller's inference mode no gradient could be taken.
+        with torch.inference_mode(False):
+            call, references = self._guided(prompt, job, notes, reference_progress)
+        arguments: dict[str, Any] = {
+            "prompt": prompt,
+            "num_images_per_prompt": len(seeds),
+            "num_inference_steps": steps,
+            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            "width": width,
+            "height": height,
+            **more,
+        }
+        if cfg_scale is not None:
+            arguments["guidance_scale"] = cfg_scale
+        if negative_prompt and _takes_negative_prompt(self.pipeline):
+            arguments["negative_prompt"] = negative_prompt
+        elif negative_prompt:
+            notes.append("The negative prompt was not used: Flux has none.")
+        if progress is not None:
+            arguments["callback_on_step_end"] = _step_callback(progress)
+        try:
+            with (
+                torch.inference_mode(False) if call else nullcontext(),
+                self._text.during_encoding(self.pipeline),
+                self._during_denoising(session, call),
+            ):
+                images = list(self.pipeline(**arguments).images)
+        except ValueError as error:  # what the pipelines' own checks of arguments raise
+            raise PipelineError(first_line(error)) from error
+        finally:
+            session.release()
+        record = call.record if call else None
+        return FusedImages(
+            images, session.trace, session.report, notes + session.notes() + (record.notes if record else []), record, references
+        )
+
+    @property
+    def layer_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """FusionSession.shapes of the denoiser."""
+        return self._new_session().shapes
+
+    def layer_weight(self, name: str) -> Tensor:
+        """The weight of one of the denoiser's layers, on the CPU. name: dotted."""
+        weight: Tensor = denoiser(self.pipeline).get_submodule(name).weight
+        return weight.detach().cpu()
+
+    def _new_session(self) -> FusionSession:
+        return FusionSession(denoiser(self.pipeline), self.subjects, self.styles, self.settings)
+
+    @contextmanager
+    def _during_denoising(self, session: FusionSession, call: GuidedCall | None) -> Iterator[None]:
+        """Each call of the denoiser is a step, in the session's hands; the guidance, if any, takes over behind it."""
+
+        steps = StepsOfCalls(self.pipeline.scheduler)
+
+        def around(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            name = next((name for name in ("sample", "hidden_states") if name in kwargs), None)
+            latent = kwargs[name] if name else args[0]
+            rows = rows_of(self.pipeline, latent.shape[0])
+            session.begin(steps.next())
+
+            def run(latent: torch.Tensor) -> Any:
+                with session.attached(rows):
+                    return forward(*args, **{**kwargs, name: latent}) if name else forward(latent, *args[1:], **kwargs)
+
+            result = call.denoise(run, latent, kwargs, rows.count) if call else run(latent)
+            session.end_step()
+            return result
+
+        with ExitStack() as stack:
+            stack.enter_context(wrapped(denoiser(self.pipeline), "forward", around))
+            if call:
+                stack.enter_context(call.during_denoising())
+            yield
+
+    def _guided(
+        self, prompt: str, job: Job, notes: list[str], progress: ReferenceProgress | None
+    ) -> tuple[GuidedCall | None, list[Reference]]:
+        """The guidance of a call and its references; none where the settings or missing encoders leave it out."""
+        settings = self.settings
+        if not wants_guidance(settings):
+            return None, []
+        sides = sides_needed(settings)
+        try:
+            SchedulerSteps(self.pipeline.scheduler)
+            decoders = guidance_decoders(self.pipeline, settings.decoder, self.guidance.taesd)
+        except (SchedulerError, NoDecoderError) as error:
+            raise PipelineError(str(error)) from None
+        sources = self.guidance.encoders
+        try:
+            encoders = sources if isinstance(sources, Encoders) else load_encoders(sources, self.guidance.progress)
+        except EncoderError as error:
+            if not self.guidance.go_on:
+                raise
+            notes.append(f"Made without guidance: {error}")
+            return None, []
+        seed = settings.reference_seed if settings.reference_seed >= 0 else job.seed
+        found = {side: self._reference(side, prompt, replace(job, seed=seed), encoders, progress) for side in sides}
+        # A side that does not count is never compared with: the other's embeddings only stand in its place.
+        subject, style = (found.get(side, found[sides[0]]).embeddings for side in ("subject", "style"))
+        targets = Targets.of(subject, style)
+        return GuidedCall(self.pipeline, denoiser(self.pipeline), settings, targets, encoders, decoders), list(found.values())
+
+    def _reference(self, side: str, prompt: str, job: Job, encoders: Encoders, progress: ReferenceProgress | None) -> Reference:
+        """The side's reference: the user's picture, the cached one, or a new one."""
+        settings, cache = self.settings, self.guidance.cache
+        if given := getattr(settings, f"{side}_image"):
+            return reference_of_given(side, given, cache, encoders)
+        loras = self.subjects if side == "subject" else self.styles
+        prompt = reference_prompt(side, settings, loras, prompt)
+        key = reference_key(side, settings, loras, prompt, job, self.pipeline, encoders.identity)
+        if (known := cache.get(key)) is not None:
+            return known
+        made = FusedPipeline(self.pipeline, self.subjects, self.styles, alone(settings, side))(
+            prompt,
+            negative_prompt=job.negative_prompt,
+            seeds=[job.seed],
+            steps=job.steps,
+            cfg_scale=job.cfg_scale,
+            width=job.width,
+            height=job.height,
+            progress=partial(progress, side) if progress else None,
+            **influential(job.more),
+        )
+        picture = made.images[0]
+        return cache.put(key, picture, encoders.embed_picture(picture), prompt)
+
+
+def denoiser(pipeline: Any) -> nn.Module:
+    """The pipeline's U-Net or transformer. Raises PipelineError."""
+    found = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if not isinstance(found, nn.Module):
+        raise PipelineError(f"{type(pipeline).__name__} has no U-Net or transformer to fuse on.")
+    return found
+
+
+def rows_of(pipeline: Any, batch: int) -> Rows:
+    """The rows of a denoiser call: diffusers puts the negative prompt's rows first, and has none without CFG."""
+    if not getattr(pipeline, "do_classifier_free_guidance", False):
+        return Rows.separate(batch)
+    images = batch // 2
+    return Rows((*range(images), *range(images)), (False,) * images + (True,) * images, images)
+
+
+def _takes_negative_prompt(pipeline: Any) -> bool:
+    return getattr(pipeline, "transformer", None) is None and "negative_prompt" in inspect.signature(pipeline.__call__).parameters
+
+
+def _step_callback(progress: Callable[[int, int], None]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress(step + 1, pipeline.num_timesteps)
+        return tensors
+
+    return on_step_end
+
+
+__all__ = ["FusedImages", "FusedPipeline", "denoiser", "rows_of"]

@@ -1,0 +1,51 @@
+"""What the references of all hosts have in common: one LoRA of the pair alone, under a prompt of its own (paper, Eq. 14-15)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..settings import FuseSettings
+from ..strength import number_text
+
+
+def alone(settings: FuseSettings, side: str) -> FuseSettings:
+    """The fusion that uses one side's LoRAs in full, and nothing of the other's (Eq. 14-15)."""
+    other = "style" if side == "subject" else "subject"
+    changes: dict[str, Any] = {
+        f"{other}_weight": 0.0,
+        f"{side}_weight": full_weight(settings, side),
+        f"{side}_blocks": getattr(settings, f"{side}_blocks"),
+    }
+    plain = FuseSettings(subject=settings.subject, style=settings.style, method="direct", te_weight=settings.te_weight)
+    return replace(plain, **changes)
+
+
+def full_weight(settings: FuseSettings, side: str) -> float | str:
+    """A side's weight without its course over the steps: that of each of its LoRAs where it is farthest from 0."""
+    weights = [schedule.full for schedule in getattr(settings, f"{side}_schedules")]
+    return weights[0] if len(set(weights)) == 1 else "+".join(map(number_text, weights))
+
+
+def activation_text(lora_path: str) -> str | None:
+    """What the WebUI keeps as a LoRA's activation text: in the .json beside the file (ui_edit_user_metadata.py:63 of A1111's Lora)."""
+    try:
+        with open(f"{os.path.splitext(lora_path)[0]}.json", encoding="utf8") as file:
+            text = json.load(file).get("activation text")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return text.strip() if isinstance(text, str) and text.strip() else None
+
+
+def activation_texts(lora_paths: Sequence[str]) -> str | None:
+    """The activation texts of a side's LoRAs in one line, None where there is none."""
+    texts = [text for path in lora_paths if (text := activation_text(path)) is not None]
+    if len(texts) < 2:
+        return texts[0] if texts else None
+    return ", ".join(text.strip(" ,") for text in texts)
+
+
+__all__ = ["activation_text", "activation_texts", "alone", "full_weight"]

@@ -1,0 +1,1 @@
+"""DynFuse inside a running WebUI."""

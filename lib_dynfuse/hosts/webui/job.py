@@ -1,0 +1,266 @@
+"""One job's life, seen through seven wrapped functions of the WebUI.
+
+    processing.process_images_inner     a job: whatever happens inside, its end takes back what is ours
+    extra_networks.activate             the tags of a batch's prompt: what is fused in the pass that begins, towards which references
+    networks.load_networks              those LoRAs are taken out of what is merged; their text-encoder parts are merged instead
+    KDiffusionSampler.get_sigmas,       the noise levels of the pass
+    CompVisSampler.get_timesteps
+    CFGDenoiser.forward                 one denoiser step, fused and guided
+    sd_samplers_common.apply_refiner    inside it, the refiner may replace the model
+
+A host's callbacks swallow exceptions, and an image would come out as if nothing had happened; so what must stop an image is
+kept as a sentence and raised in CFGDenoiser.forward, from where it reaches the UI and the API. A job that asks for nothing of ours
+meets wrappers that look for its tag and pass the call on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ...lora.branch import applied_size
+from .capabilities import Call, Seam, Value
+from .catalogue import Catalogue
+from .guided import memory_needed
+from .passes import FusionPass, Request
+from .record import FusionJob, current_pass
+from .requests import Requests
+from .roles import Roles
+from .seams import Wrapping, argument
+
+log = logging.getLogger(__name__)
+
+NOTE = "DynFuse note"
+
+JOB = Seam("modules.processing", "process_images_inner", ("p",))
+ACTIVATE = Seam("modules.extra_networks", "activate", ("p", "extra_network_data"))
+LOAD_NETWORKS = Seam("networks", "load_networks", ("names", "te_multipliers", "unet_multipliers"))
+SIGMAS = Seam("modules.sd_samplers_kdiffusion", "KDiffusionSampler.get_sigmas", ("self", "p", "steps"))
+TIMESTEPS = Seam("modules.sd_samplers_timesteps", "CompVisSampler.get_timesteps", ("self", "p", "steps"))
+DENOISER = Seam("modules.sd_samplers_cfg_denoiser", "CFGDenoiser.forward", ("self", "x", "sigma", "uncond", "cond", "cond_scale"))
+REFINER = Seam("modules.sd_samplers_common", "apply_refiner", ("cfg_denoiser",))
+
+NEEDS = (
+    *(JOB, ACTIVATE, LOAD_NETWORKS, SIGMAS, TIMESTEPS, DENOISER, REFINER),
+    Call("modules.extra_networks", "register_extra_network", 1),
+    Call("modules.processing", "StableDiffusionProcessing.comment", 2),
+    *(
+        Value("modules.processing", f"StableDiffusionProcessing.{name}")
+        for name in ("comments", "extra_generation_params", "disable_extra_networks")
+    ),
+)
+
+
+class JobSeams:
+    """What the wrapped functions do. There is one of it per WebUI, and one job at a time."""
+
+    def __init__(self, roles: Roles, catalogue: Catalogue, requests: Requests):
+        self._roles = roles
+        self._catalogue = catalogue
+        self._requests = requests
+        self._active: FusionPass | None = None
+        self._text_label: str | None = None
+        self._text_parts_in = False  # or may be, after an error
+
+    def wrappings(self) -> list[Wrapping]:
+        """Of all seams."""
+        return [
+            Wrapping(JOB, self._around_job),
+            Wrapping(ACTIVATE, self._around_activate, stops=self._asks),
+            Wrapping(LOAD_NETWORKS, self._around_load_networks),
+            Wrapping(SIGMAS, self._around_schedule),
+            Wrapping(TIMESTEPS, self._around_schedule),
+            Wrapping(DENOISER, self._around_denoiser, stops=self._is_fused),
+            Wrapping(REFINER, self._around_refiner, stops=self._is_fused),
+        ]
+
+    def forget(self) -> None:
+        """No job is under way any more, whatever became of the last."""
+        self._active = None
+        self._take_text_parts_back()
+
+    def before_sampling(self, p: Any) -> None:
+        """A sampling is about to begin, and the host about to decide what stays in the device's memory."""
+        current = current_pass(p)
+        if current is None or current.request is None:
+            return
+        elements = sum(applied_size(branch) for file in current.request.files for branch in file.denoiser.values())
+        guidance, bytes_ = current.guidance, 0
+        if guidance is not None and guidance.encoders is not None:
+            size = (p.hr_upscale_to_x, p.hr_upscale_to_y) if current.hires else (p.width, p.height)
+            bytes_ = memory_needed(guidance.settings, guidance.encoders, *size, p.batch_size)
+        self._roles.denoisers.reserve(p, elements, bytes_)
+
+    # Whether an error of ours must stop the job, because a fused picture was asked for.
+
+    def _asks(self, p: Any, extra_network_data: Any = None, *args: Any, **kwargs: Any) -> bool:
+        return FusionJob.of(p) is not None or self._requests.asks(p, extra_network_data or {})
+
+    def _is_fused(self, cfg_denoiser: Any, *args: Any, **kwargs: Any) -> bool:
+        return current_pass(getattr(cfg_denoiser, "p", None)) is not None
+
+    # process_images_inner
+
+    def _around_job(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        p = argument(args, kwargs, 0, "p")
+        try:
+            if FusionJob.of(p) is not None:
+                del p.dynfuse  # some scripts run the same processing object again and again
+            result = original(*args, **kwargs)
+        finally:
+            self._end_job(p)
+        self._tell(p, result)
+        return result
+
+    def _end_job(self, p: Any) -> None:
+        try:
+            self.forget()
+        finally:
+            job = FusionJob.of(p)
+            if job is not None:
+                job.end()
+
+    def _tell(self, p: Any, result: Any) -> None:
+        """Put the notes of a finished job where the user (text under the image) and API clients (its parameters) see them."""
+        job = FusionJob.of(p)
+        if job is None:
+            return
+        notes = job.notes()
+        for note in notes:
+            p.comment(note)
+        if notes:
+            p.extra_generation_params[NOTE] = " ".join(notes)
+            result.comments = "".join(f"{comment}\n" for comment in p.comments)
+        else:
+            p.extra_generation_params.pop(NOTE, None)
+
+    # extra_networks.activate
+
+    def _around_activate(self, original: Callable[..., Any], p: Any, extra_network_data: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._asks(p, extra_network_data) or self._active is not None or self._text_parts_in:
+            job = FusionJob.of(p)
+            # Forge activates the tags again when the refiner takes over in the middle of a pass; A1111 does not.
+            if job is None or job.current is None or not job.current.denoising:
+                self._begin_pass(p, extra_network_data or {})
+        return original(p, extra_network_data, *args, **kwargs)
+
+    def _begin_pass(self, p: Any, data: Mapping[str, Sequence[Any]]) -> None:
+        """Every activation replaces whatever was asked for before; nothing of it is left, even if its job died."""
+        self.forget()
+        known = FusionJob.of(p)
+        job = known or FusionJob(p)
+        new = self._requests.requested(p, data, job)
+        if known is None and new is None:
+            return
+        p.dynfuse = job
+        job.over = False
+        job.begin(new)
+        self._active = new
+        if new is None:
+            return
+        p.extra_generation_params[NOTE] = _when_written(job)
+        label = new.request.text.label if new.request and new.request.text else new.error
+        if label != self._text_label:
+            _forget_conditionings(p)
+            self._text_label = label
+
+    # networks.load_networks, and the text-encoder parts
+
+    def _around_load_networks(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        active = self._active
+        if active is None or active.request is None:
+            return original(*args, **kwargs)
+        try:
+            args, kwargs = self._without_ours(active, active.request, args, kwargs)
+        except Exception as reason:
+            log.exception("DynFuse could not read the prompt's <lora:...> tags")
+            active.error = f"DynFuse could not read the prompt's <lora:...> tags: {type(reason).__name__}: {reason}"
+        try:
+            return original(*args, **kwargs)
+        finally:
+            # Forge's own function fails on an unknown <lora:...>, and the WebUI goes on without it; the pair must not be lost with it.
+            self._merge_text_parts(active)
+
+    def _without_ours(
+        self, active: FusionPass, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of load_networks less those LoRAs that are fused; whatever is parallel to the names is cut with them."""
+        names = argument(args, kwargs, 0, "names")
+        claimed = [self._catalogue.is_among(name, request.paths) for name in names]
+        for name in dict.fromkeys(name for name, ours in zip(names, claimed) if ours):
+            active.note(f"<lora:{name}> was left out: DynFuse uses this LoRA already, at the weights of its own tag or panel.")
+
+        def kept(values: Any) -> Any:
+            if not isinstance(values, (list, tuple)) or len(values) != len(names):
+                return values
+            return [value for value, ours in zip(values, claimed) if not ours]
+
+        return tuple(kept(values) for values in args), {key: kept(values) for key, values in kwargs.items()}
+
+    def _merge_text_parts(self, active: FusionPass) -> None:
+        assert active.request is not None
+        if active.request.text is None:
+            return
+        self._text_parts_in = True
+        try:
+            unmatched = self._roles.text_encoders.add(active.request.text)
+        except Exception as reason:
+            log.exception("DynFuse could not merge the text-encoder parts")
+            self._text_label = None  # what is encoded now must not be found again
+            active.error = f"DynFuse could not merge the text-encoder parts: {type(reason).__name__}: {reason}"
+            return
+        if unmatched:
+            active.note(f"{len(unmatched)} layers of the LoRAs' text-encoder parts are not in this model (such as {unmatched[0]}).")
+
+    def _take_text_parts_back(self) -> None:
+        """A WebUI that never merged anything of ours is not even looked at."""
+        if self._text_parts_in:
+            self._roles.text_encoders.remove()
+            self._text_parts_in = False
+
+    # get_sigmas, get_timesteps, forward, apply_refiner
+
+    def _around_schedule(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        levels = original(*args, **kwargs)
+        current = current_pass(argument(args, kwargs, 1, "p"))
+        if current is not None:
+            current.sampling.begin(levels)
+        return levels
+
+    def _around_denoiser(self, original: Callable[..., Any], cfg_denoiser: Any, *args: Any, **kwargs: Any) -> Any:
+        current = current_pass(getattr(cfg_denoiser, "p", None))
+        if current is None:
+            return original(cfg_denoiser, *args, **kwargs)
+        return current.denoise(cfg_denoiser, functools.partial(original, cfg_denoiser), args, kwargs)
+
+    def _around_refiner(self, original: Callable[..., Any], cfg_denoiser: Any, *args: Any, **kwargs: Any) -> Any:
+        current = current_pass(getattr(cfg_denoiser, "p", None))
+        if current is None:
+            return original(cfg_denoiser, *args, **kwargs)
+        return current.switch_model(cfg_denoiser, lambda: original(cfg_denoiser, *args, **kwargs))
+
+
+def _when_written(job: FusionJob) -> Callable[..., str | None]:
+    """An infotext entry whose value is made when the infotext is: after the pass, when the notes are complete."""
+
+    def note(**_: Mapping[str, Any]) -> str | None:
+        return " ".join(job.notes()) or None
+
+    return note
+
+
+def _forget_conditionings(p: Any) -> None:
+    """Have the prompts encoded anew.
+
+    The hosts keep encoded prompts across jobs under the prompt and its tags; a LoRA file that changed under the same name,
+    or appeared after a job that could not find it, is not in that key.
+    """
+    for name in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
+        cache = getattr(p, name, None)
+        if cache:
+            cache[0] = None
+
+
+__all__ = ["NEEDS", "JobSeams"]
