@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lib_dynfuse import FuseSettings
+from lib_dynfuse.fusion.merging import merge_files
 from lib_dynfuse.fusion.session import fuse
 from lib_dynfuse.lora import (
     Blocks,
+    LoraError,
     Share,
     branches_by_site,
     compatible,
@@ -127,10 +129,16 @@ FUSED = {
     "Z-Image": ("layers.0.attention.qkv", (8, 8, 8), [f"layers.0.attention.to_{x}" for x in "qkv"]),
     "Lumina 2": ("layers.0.attention.qkv", (12, 4, 4), [f"layers.0.attn.to_{x}" for x in "qkv"]),
     "Lumina with two heads of keys to three": ("layers.0.attention.qkv", (12, 8, 8), [f"layers.0.attn.to_{x}" for x in "qkv"]),
+    "Flux with a gated MLP, as Ovis-Image": (
+        "single_blocks.0.linear1",
+        (8, 8, 8, 64),
+        [*(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"), "single_transformer_blocks.0.proj_mlp"],
+    ),
     "Flux.2": ("single_blocks.0.linear1", (8, 8, 8, 48), ["single_transformer_blocks.0.attn.to_qkv_mlp_proj"]),
     "Flux.2 with a wider MLP": ("single_blocks.0.linear1", (8, 8, 8, 64), ["single_transformer_blocks.0.attn.to_qkv_mlp_proj"]),
 }
 TELLING = {
+    "Flux with": "single_blocks.0.modulation.lin",
     "Chroma": "distilled_guidance_layer.in_proj",
     "Flux.2": "single_stream_modulation.lin",
     "Lumina": "layers.0.adaLN_modulation.1",
@@ -275,9 +283,22 @@ def test_which_files_go_together(tmp_path):
 
 
 def test_what_several_families_may_have_is_merged_under_the_names_that_they_share(tmp_path):
+    """And is no more Flux' than it was."""
     files = [file_of(tmp_path, layers_of("Flux", ".img_attn.qkv", blocks=2), name=f"{n}.safetensors") for n in range(2)]
-    write_merged(tmp_path / "one.safetensors", [Share(file, lambda site: 1.0) for file in files])
-    assert read_lora(tmp_path / "one.safetensors").denoiser.keys() == {f"double_blocks_{n}_img_attn_qkv" for n in range(2)}
+    report = write_merged(tmp_path / "one.safetensors", [Share(file, lambda site: 1.0) for file in files])
+    merged = read_lora(tmp_path / "one.safetensors")
+    assert merged.denoiser.keys() == {f"double_blocks_{n}_img_attn_qkv" for n in range(2)}
+    assert (report.family, merged.family, merged.possible) == (None, None, files[0].possible)
+    made = merge_files(tmp_path / "two.safetensors", files[:1], files[1:], FuseSettings(method="direct"))
+    assert read_lora(made.path).denoiser.keys() == merged.denoiser.keys()
+
+
+def test_files_whose_names_may_be_two_models_are_not_merged_without_one(tmp_path):
+    files = [file_of(tmp_path, layers_of("Qwen-Image", ".to_q", blocks=2), name=f"{n}.safetensors") for n in range(2)]
+    with pytest.raises(LoraError, match="its layers do not tell the base model"):
+        write_merged(tmp_path / "one.safetensors", [Share(file, lambda site: 1.0) for file in files])
+    with pytest.raises(LoraError, match="its layers do not tell the base model"):
+        merge_files(tmp_path / "two.safetensors", files[:1], files[1:], FuseSettings(method="direct"))
 
 
 @pytest.mark.parametrize("family", ["Chroma", "Flux.2 Klein 4B", "Qwen-Image", "Z-Image", "Lumina 2"])
