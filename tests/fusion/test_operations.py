@@ -19,6 +19,10 @@ from .models import BLOCK, Nested, lora_file
 META, CPU = torch.device("meta"), torch.device("cpu")
 
 
+def device(*shape, dtype=torch.float32):
+    return torch.empty(*shape, device=META, dtype=dtype)
+
+
 class Stalls(AssertionError):
     """An operation would wait for the device, or copy to it."""
 
@@ -62,8 +66,14 @@ class NothingStalls(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-def device(*shape, dtype=torch.float32):
-    return torch.empty(*shape, device=META, dtype=dtype)
+def _meta_gathers():
+    """torch 2.1 does not get the shape of index_select(out=) right there, as a mode sees it."""
+    try:
+        with NothingStalls():
+            torch.index_select(device(4, 2), 0, device(3, dtype=torch.long), out=device(3, 2))
+    except RuntimeError:
+        return False
+    return True
 
 
 PLANTED = {
@@ -146,7 +156,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def models():
-    return {CPU: network(), META: network().to(META)}
+    return {CPU: network(), **({META: network().to(META)} if _meta_gathers() else {})}
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +267,7 @@ class EveryLayerAlone(Nested):
         return [layer(x[..., : layer.in_features]) for layer in map(self.get_submodule, self.order)]
 
 
+@pytest.mark.skipif(not _meta_gathers(), reason="this PyTorch cannot count on the meta device")
 @pytest.mark.parametrize("loras", [2, 4])
 @pytest.mark.parametrize("vote_tokens", [64, 0])
 def test_a_fused_step_adds_four_operations_a_layer_and_at_most_250(tmp_path, loras, vote_tokens):
