@@ -39,7 +39,7 @@ class Decisions:
         self._recorder = recorder
         # Between these sites' LoRAs a rule that measures has to choose.
         self._compared = tuple(site.number for site in sites if len(site.members) > 1)
-        self._under_way = False
+        self._under_way = self._called = False
         self._blocks: list[_Block] = []
         self._held: Tensor | None = None  # (S, images or 1, B): the weights of the steps to come
         self._known: set[int] = set()  # the sites that it holds for
@@ -61,7 +61,7 @@ class Decisions:
         for site in self._sites:
             site.forget()
         state.begin(step)
-        self._under_way, self._undone = True, state.fallbacks
+        self._under_way, self._called, self._undone = True, False, state.fallbacks
         self._tally.clear()
         chooses = self.begun % settings.decide_every == 0
         state.sampling = False
@@ -79,6 +79,9 @@ class Decisions:
         if not self._under_way:
             return
         self._under_way = False
+        if not self._called:  # another model took over before a call: no step of this one
+            self.begun -= 1
+            return
         state = self._state
         record = self._record()
         self._recorder.steps.append(record)
@@ -115,7 +118,7 @@ class Decisions:
         self._in_place = self._places = None
 
     def trace(self) -> Trace:
-        if not self._under_way:
+        if not (self._under_way and self._called):
             return self._recorder.trace(self._state.fallbacks)
         steps = [*self._recorder.steps, record] if (record := self._record()).weights else self._recorder.steps
         return replace(self._recorder, steps=list(steps)).trace(self._state.fallbacks)
@@ -139,6 +142,7 @@ class Decisions:
     def call_begins(self) -> None:
         if not self._under_way:
             self.begin(Step.of(self.begun, 0))
+        self._called = True
 
     def call_ends(self) -> None:
         """Count the votes of a call's samples."""

@@ -415,3 +415,19 @@ def test_layers_that_a_step_leaves_out_keep_their_last_choice(model, loras):
     assert trace.measured[1].tolist() == [True] * 2 + [False] * (len(NAMES) - 2)
     assert torch.equal(trace.winners[3, 2:], trace.divergences[0, 2:, :, 0] >= trace.divergences[0, 2:, :, 1])
     assert torch.equal(trace.winners[4], trace.divergences[3, :, :, 0] >= trace.divergences[3, :, :, 1])
+
+
+@pytest.mark.parametrize("decide", ["now", "next"])
+def test_a_step_without_a_call_is_none(model, loras, decide):
+    """A refiner that takes over inside a denoiser call."""
+    session = FusionSession(model, *loras[:2], FuseSettings(decide=decide))
+    steps, rows = latents(1), Rows((0,), (True,), 1)
+    run(session, model, steps[:2], rows)
+    session.begin(Step.of(2, STEPS))
+    assert session.trace.weights.shape[0] == 2
+    session.end_step()
+    assert session.trace.weights.shape[0] == 2
+    fresh = FusionSession(model, *loras[:2], FuseSettings(decide=decide))
+    for one, two in zip(run(session, model, steps[2:], rows), run(fresh, model, steps, rows)[2:], strict=True):
+        for name in NAMES:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-7)

@@ -393,11 +393,12 @@ class TestNegativePromptAloneAndFirst:
         assert close(apart.images, short.run(f"a cat {TAG}", batch_size=2))
         assert "negative prompt" not in apart.comments
 
-    def test_each_call_is_made_twice_and_no_more(self, short):
+    @pytest.mark.parametrize(("decide", "chosen_in_the_layers"), [("now", 3), ("next", 1)])
+    def test_calls_are_made_twice_where_the_layers_choose_and_no_more(self, short, decide, chosen_in_the_layers):
         calls = []
         handle = unets(short.shared.sd_model).register_forward_pre_hook(lambda *args: calls.append(1))
-        short.run(f"a cat {TAG}", steps=3)
-        assert len(calls) == 3 * 2 * 2
+        short.run(f"a cat <dynfuse:dog:watercolor:decide={decide}>", steps=3)
+        assert len(calls) == 3 * 2 + chosen_in_the_layers * 2
         calls.clear()
         short.run("a cat", steps=3)
         handle.remove()
