@@ -44,7 +44,7 @@ _OF_ITS_OWN: Mapping[str, Any] = {
         "enable_hr": False,
     },
 }
-JOB_ARGUMENTS = ("sd_model", "prompt", "negative_prompt", "seed", "scheduler", *_TAKEN_OVER, *_OF_ITS_OWN)
+JOB_ARGUMENTS = ("sd_model", "prompt", "negative_prompt", "seed", *_TAKEN_OVER, *_OF_ITS_OWN)
 
 
 class ReferenceFailed(RuntimeError):
@@ -162,7 +162,8 @@ class ReferenceMaker:
             prompt=f"{self._prompt(side)} {self.tags}".strip(),
             negative_prompt=p.all_negative_prompts[self._first_image],
             seed=self._seed,
-            scheduler=getattr(p, "scheduler", None),
+            # Forge Classic has none: there it is part of the sampler's name.
+            **({"scheduler": p.scheduler} if hasattr(p, "scheduler") else {}),
             **{name: getattr(p, name) for name in _TAKEN_OVER},
             **copy.deepcopy(dict(_OF_ITS_OWN)),
             **self.more,

@@ -1,4 +1,5 @@
-"""What differs between the WebUIs, by who asks for it. Each WebUI's module (a1111, forge) has a class for each role, and one Roles.
+"""What differs between the WebUIs, by who asks for it. Their modules (a1111, forge, neo, ldm_forge) have a class for each role, and a Roles
+for each WebUI.
 
 a pass           Denoisers: the model that is fused, its weights, the rows of its calls
 its sampling     Samplers: what a denoiser call's numbers mean, and what guidance needs of VAE and autograd
@@ -89,7 +90,7 @@ class Samplers(ABC):
 
     @abstractmethod
     def vae(self, cfg_denoiser: Any) -> HostVae:
-        """The VAE that decodes this model's latents."""
+        """The VAE that decodes this model's latents. Raises NotGuidable."""
 
     def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
         """Latent -> picture in [-1, 1]; None if the WebUI has none for this model. May raise whatever looking for it raises."""
@@ -131,6 +132,10 @@ class Checkpoints:
         return BaseIdentity(getattr(info, "sha256", None) or file_identity(info.filename), file_identity(vae))
 
 
+class NotGuidable(RuntimeError):
+    """Pictures of this model cannot be guided in this WebUI. One sentence; the job goes on."""
+
+
 @dataclass(frozen=True)
 class HostVae:
     """A WebUI's VAE. decoder: from the VAE's own units, latent / scale + shift, to pictures in [-1, 1]. identity: changes with it."""
@@ -168,4 +173,14 @@ def refuse_replaced_denoiser() -> None:
         raise FusionError("DynFuse works on the model's own layers; set 'SD Unet' to None in the settings.")
 
 
-__all__ = ["Checkpoints", "Denoisers", "HostVae", "Roles", "RowLayout", "Samplers", "TextEncoders", "refuse_replaced_denoiser"]
+__all__ = [
+    "Checkpoints",
+    "Denoisers",
+    "HostVae",
+    "NotGuidable",
+    "Roles",
+    "RowLayout",
+    "Samplers",
+    "TextEncoders",
+    "refuse_replaced_denoiser",
+]
