@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from . import live_checks, live_forks
-from .live import difference
+from . import live_forks
 from .live_checks import *  # noqa: F403
-from .live_checks import ROUNDING, with_refiner
 from .live_guidance_checks import *  # noqa: F403
 
 if live_forks.address("NEO") is None:
@@ -20,7 +18,7 @@ if live_forks.address("NEO") is None:
 HIRES = {"hr_upscaler": "None", "hr_additional_modules": ["Use same choices"]}
 FLOW = {"flow": True, "job": {"cfg_scale": 1, "distilled_cfg_scale": 3.5, "scheduler": "Simple"}, "hires": {**HIRES, "hr_cfg": 1}}
 MODELS = {
-    "sd15": ("sd15tiny:sd15_a:sd15_b", {"foreign": "sdxlslim_b", "refiner": "sd15refiner"}),
+    "sd15": ("sd15tiny:sd15_a:sd15_b", {"foreign": "sdxlslim_b"}),
     "sdxl": ("sdxlslim:sdxlslim_a:sdxlslim_b", {"foreign": "sd15_b"}),
     "flux": ("fluxtiny:flux_a:flux_b:flux_a_diffusers", {"foreign": "sd15_b", **FLOW}),
     "chroma": ("chromatiny:chroma_a:chroma_b", FLOW),
@@ -33,23 +31,3 @@ MODELS = {
 def case(request):
     request.param.load()
     return request.param
-
-
-class TestRefiner(live_checks.TestRefiner):
-    """Neo takes "switch at 0" for no refiner, and by default asks the noise level (sd_samplers_common.py:220, 233)."""
-
-    @pytest.fixture(autouse=True, params=[False, True], ids=["whole", "fast"])
-    def _by_steps(self, case, request):
-        """fast: the refiner's weights are put into the same modules."""
-        case.webui.options(refiner_use_steps=True, refiner_fast_sd=request.param)
-        yield
-        case.webui.options(refiner_use_steps=False, refiner_fast_sd=False)
-
-    def test_a_refiner_from_the_first_step_is_fused_as_if_it_were_the_model(self, case):
-        pytest.skip("this WebUI has none from the first step")
-
-    def test_direct_equals_the_merge_on_both_models(self, case):
-        settings = with_refiner(case, case.refiner)
-        merged = case.pixels(f"a cat {case.two_tags}", **settings)
-        assert difference(case.pixels(f"a cat {case.two_tags}", steps=6), merged) > 5
-        assert difference(case.pixels(f"a cat {case.tag_with('method=direct')}", **settings), merged) <= ROUNDING
