@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_dynfuse generate | demo | inspect | cache | bench | toy`.
+"""The command line: `python -m lib_dynfuse generate | merge | demo | inspect | cache | bench | toy`.
 
 A mistake of the user or a file that cannot be used: one sentence on standard error, exit code 2.
 """
@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .fusion import FusionError
+from .fusion.merging import GUIDANCE_FIELDS
 from .guidance.references import ReferenceCache
 from .guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderSources
 from .home import VARIABLE, encoders_folder, references_folder
@@ -34,10 +35,16 @@ from .settings import (
     parse_value,
     preset_values,
 )
-from .strength import SCHEDULE_EXAMPLE
+from .strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 
 PROGRAM = "python -m lib_dynfuse"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MERGE_METHOD = "direct"
+NOT_MERGED = (
+    *GUIDANCE_FIELDS,
+    *("hr", "criterion", "granularity", "temperature", "balance", "bias", "decide", "decide_every", "vote_tokens"),
+)
+"""Settings that cannot matter to a file that is made without a picture."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Fuse a subject LoRA and a style LoRA while an image is made.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands)
+    _add_merge(commands)
 
     demo = commands.add_parser(
         "demo", help="a page with pictures of two LoRAs fused, from a miniature model that is part of the program; nothing is downloaded"
@@ -143,8 +151,7 @@ def _add_generate(commands: Any) -> None:
     add("--prompt", required=True, metavar="P", help="what to make")
     add("--negative-prompt", default="", metavar="P", help="what to avoid")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the images; it is made if it is missing")
-    add("--weights", nargs=2, metavar=("A", "B"), help="subject weight and style weight at once: a number, points "
-        f"over the steps ({SCHEDULE_EXAMPLE}), or one each for several LoRAs (1+0.5)")  # fmt: skip
+    _add_pairs(add)
     add("--steps", type=_whole(1), default=30, metavar="N", help="denoising steps (default: 30)")
     add("--cfg", type=_number, metavar="X", help="CFG scale; for Flux the distilled guidance (default: the pipeline's own)")
     add("--size", type=_size, metavar="WxH", help="width and height in pixels, such as 768x512 (default: the model's own)")
@@ -154,15 +161,58 @@ def _add_generate(commands: Any) -> None:
     add("--batch-size", type=_whole(1), default=1, metavar="N", help="images made at once; takes more memory (default: 1)")
     add("--device", metavar="D", help="cuda, mps or cpu (default: the first of these that is there)")
     add("--dtype", choices=tuple(DTYPES), help="numbers to compute with (default: float32 on a CPU, bfloat16 for Flux, else float16)")
+    add("--save-lora", type=Path, metavar="FILE", help="after the pictures, also write the LoRAs as one file that every program reads, "
+        "each weighted in each layer as it was on average over the steps and pictures")  # fmt: skip
+    add("--rank", type=_whole(1), metavar="N", help="with --save-lora: at most this rank in a layer; says what is lost (default: exact)")
 
     fusion = generate.add_argument_group("fusion and guidance")
-    fusion.add_argument(f"--{PRESET}", choices=tuple(PRESETS), help="many settings at once, which those given by name change; paper: "
-        "those of the paper's experiments, with guidance: much slower")  # fmt: skip
+    _add_preset(fusion)
     for name in field_types():
         if name not in LORA_FIELDS:  # files here; their names come from them
             _add_setting(fusion, name)
     _add_guidance_files(generate.add_argument_group("encoders and references of the guidance"))
     generate.set_defaults(run=_generate)
+
+
+def _add_merge(commands: Any) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="two or more LoRAs as one file",
+        description="Write a subject LoRA and a style LoRA as one file, which every WebUI and diffusers can load: merge A B --out FILE, or "
+        "with several on a side merge --subject A A2 --style B --out FILE. Exact, but for the rounding to --dtype, unless --rank reduces "
+        "it. A file that exists is never overwritten. A method that chooses by what it measures needs a picture: generate --save-lora.",
+        allow_abbrev=False,
+    )
+    files = merge.add_argument_group("files")
+    add = files.add_argument
+    add("files", nargs="*", type=Path, metavar="FILE", help="two LoRA files: the subject's and the style's")
+    add("--subject", type=Path, nargs="+", metavar="A", help="in place of the two files: LoRA files of what is shown")
+    add("--style", type=Path, nargs="+", metavar="B", help="and LoRA files of the way it is drawn")
+    add("--out", required=True, type=Path, metavar="FILE", help="file to write, ending in .safetensors")
+    add("--rank", type=_whole(1), metavar="N", help="at most this rank in a layer, by singular values; says what is lost (default: exact)")
+    add("--dtype", choices=tuple(DTYPES), default="float16", help="numbers in the file (default: float16)")
+    fusion = merge.add_argument_group("fusion")
+    _add_pairs(fusion.add_argument)
+    fusion.add_argument("--steps", type=_whole(1), default=30, metavar="N", help="weights that vary over the steps are averaged over this "
+        "many (default: 30)")  # fmt: skip
+    _add_preset(fusion)
+    for name in field_types():
+        if name not in (*LORA_FIELDS, *NOT_MERGED):
+            _add_setting(fusion, name, MERGE_METHOD if name == "method" else None)
+    merge.set_defaults(run=_merge)
+
+
+def _add_pairs(add: Callable[..., Any]) -> None:
+    """Options for both sides at once."""
+    add("--weights", nargs=2, metavar=("A", "B"), help="subject weight and style weight at once: a number, points "
+        f"over the steps ({SCHEDULE_EXAMPLE}), or one each for several LoRAs (1+0.5)")  # fmt: skip
+    add("--blocks", nargs=2, metavar=("A", "B"), help="subject and style block weights at once: factors by name "
+        f"({BLOCKS_EXAMPLE}), a list of numbers, a preset's name, or '' for 1 everywhere")  # fmt: skip
+
+
+def _add_preset(group: Any) -> None:
+    group.add_argument(f"--{PRESET}", choices=tuple(PRESETS), help="many settings at once, which those given by name change; paper: "
+        "those of the paper's experiments, with guidance: much slower")  # fmt: skip
 
 
 def _add_guidance_files(group: Any) -> None:
@@ -193,9 +243,10 @@ def _shown(path: Path) -> str:
     return shown.replace("%", "%%")
 
 
-def _add_setting(group: Any, name: str) -> None:
+def _add_setting(group: Any, name: str, default: str | None = None) -> None:
+    """default: where the command has another than the settings."""
     metadata = field_metadata(name)
-    default = format_value(getattr(FuseSettings(), name))
+    default = default or format_value(getattr(FuseSettings(), name))
     text = (metadata["tooltip"] if metadata["picture"] else f"{metadata['tooltip']} (default: {default or 'empty'})").replace("%", "%%")
     if field_types()[name] is bool:
         off = f"--no-{name.replace('_', '-')}"
@@ -218,9 +269,9 @@ def settings_of(options: argparse.Namespace, cache: ReferenceCache | None = None
     """
     preset = getattr(options, PRESET, None)
     values: dict[str, Any] = dict(preset_values(preset)) if preset else {}
-    if options.weights:
+    for what, texts in (("weight", options.weights), ("blocks", options.blocks)):
         values |= {
-            name: _typed(name, text, "--weights") for name, text in zip(("subject_weight", "style_weight"), options.weights, strict=True)
+            f"{side}_{what}": _typed(f"{side}_{what}", text, f"--{what.removesuffix('s')}s") for side, text in zip(LORA_FIELDS, texts or ())
         }
     for name in field_types():
         text = getattr(options, f"setting_{name}", None)
@@ -258,7 +309,28 @@ def _typed(name: str, text: str, option: str) -> Any:
     return value
 
 
+def _merge(options: argparse.Namespace) -> int:
+    if options.files and (options.subject or options.style):
+        raise SettingsError(_SIDES)
+    subjects, styles = (options.files[:1], options.files[1:]) if options.files else (options.subject or (), options.style or ())
+    if not subjects or not styles or (options.files and len(styles) > 1):
+        raise SettingsError(_SIDES)
+    if options.setting_method is None and getattr(options, PRESET) is None:
+        options.setting_method = MERGE_METHOD
+    settings = settings_of(options)
+    from . import merge
+
+    return merge.run(
+        merge.Request(subjects, styles, options.out, settings, rank=options.rank, dtype=DTYPES[options.dtype], steps=options.steps)
+    )
+
+
+_SIDES = "Give two files, the subject's and the style's, or --subject and --style with one or more each."
+
+
 def _generate(options: argparse.Namespace) -> int:
+    if options.rank is not None and options.save_lora is None:
+        raise SettingsError("--rank is for the file of --save-lora, which is not given.")
     cache = _cache_of(options)
     settings = settings_of(options, cache)
     from . import generate
@@ -287,6 +359,8 @@ def _generate(options: argparse.Namespace) -> int:
             go_on_without_encoders=options.without_encoders == "go-on",
             taesd=options.taesd,
             cache=cache,
+            save_lora=options.save_lora,
+            save_rank=options.rank,
         )
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 import secrets
@@ -17,18 +16,21 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from .fusion import FusionError, selection_map
+from .bars import Bars
+from .fusion import Trace, selection_map
+from .fusion.merging import describe_merged, merge_pictures
+from .given_files import read_sides
 from .guidance import curve
 from .guidance.encoders import Encoders, load_encoders
 from .guidance.references import ReferenceCache
 from .guidance.weights import EncoderError, EncoderSources
 from .home import encoders_folder, references_folder
-from .lora import LoraFile, compatible, read_lora
-from .settings import FuseSettings, SettingsError, join_names
+from .lora import LoraFile, check_target
+from .settings import FuseSettings
 from .text import infotext
 
 if TYPE_CHECKING:  # imports diffusers, which is not everywhere
-    from .hosts.diffusers import FusedImages
+    from .hosts.diffusers import FusedImages, FusedPipeline
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Request:
 
     size: width and height in pixels, None for the model's own. cfg_scale: None for the pipeline's default. seed: of the first
     image, the next one's is one higher; -1 for a random one. batch: images made at once. dtype: None for the device's best. encoders,
-    go_on_without_encoders, cache: as GuidanceSources takes them; taesd: a folder with an AutoencoderTiny.
+    go_on_without_encoders, cache: as GuidanceSources takes them; taesd: a folder with an AutoencoderTiny. save_lora: a file for both
+    LoRAs as one, weighted as in the pictures, with layers of at most save_rank.
     """
 
     model: Path
@@ -60,6 +63,8 @@ class Request:
     go_on_without_encoders: bool = False
     taesd: Path | None = None
     cache: ReferenceCache = field(default_factory=lambda: ReferenceCache(references_folder()))
+    save_lora: Path | None = None
+    save_rank: int | None = None
 
 
 def run(request: Request) -> int:
@@ -67,12 +72,10 @@ def run(request: Request) -> int:
 
     Raises LoraError, FusionError, PipelineError, EncoderError, SettingsError or OSError with a sentence for the user.
     """
-    subjects, styles = [read_lora(path) for path in request.subjects], [read_lora(path) for path in request.styles]
+    if request.save_lora is not None:
+        check_target(request.save_lora)
+    subjects, styles, settings = read_sides(request.subjects, request.styles, request.settings)  # before gigabytes are loaded
     files = [*subjects, *styles]
-    settings = _named(request.settings, subjects, styles)
-    for one, other in itertools.combinations(files, 2):  # before gigabytes are loaded
-        if reason := compatible(one, other):
-            raise FusionError(reason)
     encoders = _encoders(request)
     request.out.mkdir(parents=True, exist_ok=True)
 
@@ -89,7 +92,8 @@ def run(request: Request) -> int:
     fused = FusedPipeline(pipeline, subjects, styles, settings, sources)
     width, height = request.size or (None, None)
     notes: dict[str, None] = {}
-    with tqdm(total=request.steps * -(-len(seeds) // request.batch), unit="step") as bar, _Bars() as bars:
+    traces: list[Trace] = []
+    with tqdm(total=request.steps * -(-len(seeds) // request.batch), unit="step") as bar, Bars() as bars:
         for start in range(0, len(seeds), request.batch):
             batch = seeds[start : start + request.batch]
             made = fused(
@@ -104,6 +108,7 @@ def run(request: Request) -> int:
                 reference_progress=lambda side, done, total: bars.show(f"Reference picture of the {side}", done, total, "step"),
             )
             notes.update(dict.fromkeys(made.notes))
+            traces.append(made.trace)
             # An image that had to do without guidance does not claim it.
             used = settings if made.guidance is not None or not settings.m else replace(settings, guidance=False)
             for position, (seed, image) in enumerate(zip(batch, made.images, strict=True)):
@@ -117,20 +122,20 @@ def run(request: Request) -> int:
                 _save_beside(path, made, position, with_references=seed == first)
     for note in notes:
         print(f"Note: {note}", file=sys.stderr)
+    if request.save_lora is not None:
+        _save_lora(request.save_lora, request.save_rank, fused, traces)
     return 0
 
 
-def _named(settings: FuseSettings, subjects: Sequence[LoraFile], styles: Sequence[LoraFile]) -> FuseSettings:
-    """The settings with the files' names. Raises SettingsError for a file given twice, and where weights do not go with the files."""
-    paths = [file.path.resolve() for file in (*subjects, *styles)]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise SettingsError(f"{path.name} is given twice; name different LoRAs.")
-    names = {"subject": join_names(file.name for file in subjects), "style": join_names(file.name for file in styles)}
-    try:
-        return replace(settings, **names)  # type: ignore[arg-type]
-    except SettingsError as error:
-        raise SettingsError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
+def _save_lora(path: Path, rank: int | None, fused: FusedPipeline, traces: Sequence[Trace]) -> None:
+    with Bars(delay=1.0) as bars:
+        merged = merge_pictures(
+            *(path, fused.subjects, fused.styles, fused.settings, traces, fused.layer_shapes),
+            rank=rank,
+            weight_of=fused.layer_weight,
+            progress=lambda done, total: bars.show(f"Saving {path.name}", done, total, "layer"),
+        )
+    print(*describe_merged(merged), sep="\n")
 
 
 def _encoders(request: Request) -> EncoderSources | Encoders:
@@ -139,7 +144,7 @@ def _encoders(request: Request) -> EncoderSources | Encoders:
     if not settings.guidance or not settings.m:
         return request.encoders
     try:
-        with _Bars() as bars:
+        with Bars() as bars:
             return load_encoders(request.encoders, lambda what, done, total: bars.show(what, done, total, "B"))
     except EncoderError:
         if not request.go_on_without_encoders:
@@ -205,36 +210,6 @@ def next_path(folder: Path, seed: int) -> Path:
     """NUMBER-SEED.png with the number after the highest in the folder: nothing is overwritten."""
     numbers = [int(found[1]) for file in folder.iterdir() if (found := re.match(r"(\d{5})-", file.name))]
     return folder / f"{max(numbers, default=0) + 1:05d}-{seed}.png"
-
-
-class _Bars:
-    """A progress bar for each of a series of things, one after the other."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._what = ""
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._close()
-
-    def show(self, what: str, done: int, total: int, unit: str) -> None:
-        """unit: "step", or "B" for bytes."""
-        if what != self._what or self._bar is None:
-            self._close()
-            self._what = what
-            self._bar = tqdm(desc=what, total=total or None, unit=unit, unit_scale=unit == "B", leave=unit == "B")
-        self._bar.total = total or None
-        self._bar.update(done - self._bar.n)
-        if total and done >= total:
-            self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
 
 
 def _progress(bar: Any, images: int, batch: int) -> Any:

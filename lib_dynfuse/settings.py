@@ -347,8 +347,8 @@ class FuseSettings:
     decide: str = setting(
         "next",
         "Decide",
-        "next: the first step measures and chooses in each layer, and every other one goes by what was measured in the step before: as fast "
-        "as one LoRA. now: measure and choose in each layer at every step, as in the paper; slower.",
+        "next: the first step measures and chooses in each layer, and every other one goes by what was measured in the step before; as "
+        "fast as one LoRA. now: measure and choose in each layer at every step, as in the paper; slower.",
         choices=("next", "now"),
     )
     decide_every: int = setting(
@@ -361,7 +361,7 @@ class FuseSettings:
     vote_tokens: int = setting(
         64,
         "Measured places",
-        "At how many places of the picture a layer's features are measured. More is slower, and takes more memory. 0: all, as in the paper.",
+        "At how many places of the picture a layer's features are measured. More is slower and takes more memory. 0: all, as in the paper.",
         minimum=0,
         slider=(0, 1024, 16),
     )

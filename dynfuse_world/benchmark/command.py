@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib_dynfuse.bench.fusion import processor
+from lib_dynfuse.bench.denoisers import processor
 
 from ..model import WEIGHTS
 from .making import shipped_judge

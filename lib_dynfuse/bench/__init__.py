@@ -8,14 +8,23 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark from the command line; returns the exit code."""
-    from dynfuse_world import steering
-
     from . import fusion, guidance
+
+    run = {"fusion": fusion.run, "guidance": guidance.run}
 
     parser = argparse.ArgumentParser(prog="python -m lib_dynfuse bench", description="Measure what DynFuse costs on this machine.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     fusion.add_arguments(benchmarks.add_parser("fusion", help="feature-level selection against a plain and a literally fused step"))
     guidance.add_arguments(benchmarks.add_parser("guidance", help="what the correction of a step costs, in time and memory"))
-    steering.add_arguments(benchmarks.add_parser("steering", help="whether guided pictures come closer to their references, over seeds"))
+    try:
+        from dynfuse_world import steering
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "dynfuse_world":
+            raise
+    else:
+        steering.add_arguments(
+            benchmarks.add_parser("steering", help="whether guided pictures come closer to their references, over seeds")
+        )
+        run["steering"] = steering.run
     arguments = parser.parse_args(argv)
-    return {"fusion": fusion.run, "guidance": guidance.run, "steering": steering.run}[arguments.benchmark](arguments)
+    return run[arguments.benchmark](arguments)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion import FusionSession, Rows
+from ..fusion import FusionSession
 from ..guidance.correction import Schedule
 from ..guidance.decode import SMALL_PIXELS, LatentDecoder, VaeDecoder
 from ..guidance.encoders import Encoders
@@ -27,7 +27,7 @@ from ..guidance.guide import Guide
 from ..guidance.score import Targets, score, similarities
 from ..settings import FuseSettings
 from . import networks, operations
-from .fusion import CONFIGURATIONS, default_size, processor, random_lora, unet_inputs
+from .denoisers import CONFIGURATIONS, ROWS, default_size, processor, random_lora, unet_inputs
 from .memory import peak_above_before
 
 _CFG_SCALE = 7.0
@@ -145,7 +145,7 @@ class GuidedStep:
 
     def _denoised(self, rows: Tensor) -> Tensor:
         self.session.begin()
-        with self.session.attached(Rows((0, 0), (False, True), 1)):
+        with self.session.attached(ROWS):
             uncond, cond = self.unet(**{**self.inputs, "sample": rows}).sample.chunk(2)
         noise = uncond + _CFG_SCALE * (cond - uncond)
         return rows[:1].float() * (1 + _SIGMA**2) ** 0.5 - _SIGMA * noise.float()

@@ -1,4 +1,4 @@
-"""The paper taken literally, as a baseline for speed: full products for the base, the subject and the style, and eager divergences."""
+"""The paper taken literally, as a baseline for speed: full products for the base and each LoRA, and eager divergences."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from ..fusion.session import FusionSession
 def literally_fused(session: FusionSession) -> Iterator[list[float]]:
     """Give the session's layers the forward that Eqs. 9 to 13 spell out, for the length of the block.
 
-    W0 + dW of both LoRAs is made beforehand on a GPU. On a CPU, whose memory need not hold the model three times, it is made in the
+    W0 + dW of each LoRA is made beforehand on a GPU. On a CPU, whose memory need not hold the model three times, it is made in the
     forward; the seconds that this takes, which are no part of a step, are put into the list that is given.
     """
     patched: list[nn.Module] = []
     seconds_of_merging: list[float] = []
     try:
-        for layer in session.layers:
-            if isinstance(layer, FusedLayer) and layer.sites[0].two_sided:
+        layers = [layer for layer in session.layers if isinstance(layer, FusedLayer)]
+        count = max((len(layer.sites[0].members) for layer in layers), default=0)
+        for layer in layers:
+            if len(layer.sites[0].members) == count:  # changed by all
                 layer.module.__dict__["forward"] = _literal_forward(layer, seconds_of_merging)
                 patched.append(layer.module)
         yield seconds_of_merging
@@ -36,12 +38,11 @@ def literally_fused(session: FusionSession) -> Iterator[list[float]]:
 
 
 def _merged(layer: FusedLayer) -> list[Tensor]:
-    """W0 + dW of the subject and of the style, in the layer's type."""
+    """W0 + dW of each LoRA, in the layer's type."""
     weight: Tensor = layer.module.weight.detach()
     site = layer.sites[0]
     merged = []
     for branch, strength in zip(site.bind(lambda: weight), site.strengths):
-        assert branch is not None
         merged.append((weight.float() + strength * branch.delta_weight().reshape(weight.shape).to(weight.device)).to(weight.dtype))
     return merged
 
@@ -73,7 +74,10 @@ def _literal_forward(layer: FusedLayer, seconds_of_merging: list[float]) -> Any:
         divergences = [
             F.kl_div(log_p, F.log_softmax(c.float(), axis), reduction="none", log_target=True).sum(axis).flatten(1).mean(1) for c in changed
         ]
-        wins = divergences[0] >= divergences[1]
-        return torch.where(wins.view(-1, *(1,) * (base.dim() - 1)), changed[0], changed[1])
+        wins = torch.stack(divergences).argmax(0)  # the first of equals
+        result = changed[0]
+        for number, other in enumerate(changed[1:], 1):
+            result = torch.where((wins == number).view(-1, *(1,) * (base.dim() - 1)), other, result)
+        return result
 
     return forward

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..guidance.decode import SMALL_PIXELS
 from . import networks
-from .fusion import CONFIGURATIONS, unet_inputs
+from .denoisers import CONFIGURATIONS, unet_inputs
 
 _META = torch.device("meta")
 

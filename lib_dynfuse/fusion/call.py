@@ -180,10 +180,13 @@ class FusionState:
     # Strengths that vary with the step.
 
     def strengths(self) -> Sequence[float]:
-        """Each LoRA's strength at this step, constant or not; empty while nothing is added."""
-        if not self.active:
-            return ()
-        return [level if schedule.constant is None else schedule.constant for level, schedule in zip(self.levels, self.schedules)]
+        """Each LoRA's strength at this step; empty while nothing is added."""
+        return self.step_strengths if self.active else ()
+
+    @property
+    def step_strengths(self) -> tuple[float, ...]:
+        """Each LoRA's strength at this step, constant or not."""
+        return tuple(level if schedule.constant is None else schedule.constant for level, schedule in zip(self.levels, self.schedules))
 
     def level(self, member: int) -> float:
         return self.levels[member]

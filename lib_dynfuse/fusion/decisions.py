@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from .call import FusionState
 from .layer import FusedSite
 from .operators import Group
-from .rows import sample_count
+from .rows import RowIndices, sample_count
 from .rules import Votes
 from .step import Step
 from .trace import Trace, TraceRecorder, TraceStep
@@ -119,6 +120,20 @@ class Decisions:
         steps = [*self._recorder.steps, record] if (record := self._record()).weights else self._recorder.steps
         return replace(self._recorder, steps=list(steps)).trace(self._state.fallbacks)
 
+    def foreseen(self, steps: int) -> Trace:
+        """What a picture of so many steps will bring under a rule that does not measure. Leaves the session as it was."""
+        own = self._state
+        assert not own.rule.measures
+        state = FusionState(own.settings, own.rule, own.schedules)
+        everywhere = tuple(range(len(self._sites)))
+        recorder = replace(self._recorder, steps=[])
+        for index in range(steps):
+            step = Step.of(index, steps)
+            state.begin(step)
+            weights = state.rule.weights(step, None)
+            recorder.steps.append(TraceStep([(everywhere, weights)], (), None, state.levels, state.step_strengths, 1))
+        return recorder.trace()
+
     # Calls.
 
     def call_begins(self) -> None:
@@ -167,7 +182,7 @@ class Decisions:
             pieces.append((measured, _stacked([site.choice for site in chosen])))
         elif self._tally:
             measured, votes, missing = self._counted()
-        return TraceStep([piece for piece in pieces if piece[0]], measured, votes, state.levels, state.count, missing)
+        return TraceStep([piece for piece in pieces if piece[0]], measured, votes, state.levels, state.step_strengths, state.count, missing)
 
     def _takes_weights(self, number: int) -> bool:
         """Whether the rule's weights say something of a site: one that measures has nothing to say where there is one LoRA."""
@@ -242,7 +257,7 @@ class Decisions:
         state = self._state
         self._blocks.clear()
         self._in_place = self._places = None
-        groups: dict[tuple[object, ...], list[FusedSite]] = {}
+        groups: dict[tuple[Any, ...], list[FusedSite]] = {}
         for site in self._sites:
             site.pair = site.ballot = None
             operators = site.operators
@@ -264,7 +279,7 @@ class Decisions:
 
     def _winners_places(self, device: torch.device) -> _Places:
         if self._places is None or self._places.numbers.device != device:
-            self._places = _Places.of(self._blocks, len(self._state.schedules), device)
+            self._places = _Places.of(self._blocks, len(self._state.schedules), self._state.indices(device))
         return self._places
 
     def _apply(self) -> None:
@@ -349,10 +364,10 @@ class _Places:
     spans: tuple[slice, ...]
 
     @classmethod
-    def of(cls, blocks: Sequence[_Block], members: int, device: torch.device) -> _Places:
+    def of(cls, blocks: Sequence[_Block], members: int, indices: RowIndices) -> _Places:
         numbers: list[int] = []
-        ups: list[list[int]] = []
-        downs: list[list[int]] = []
+        ups: list[int] = []
+        downs: list[int] = []
         spans = []
         for block in blocks:
             group = block.group
@@ -360,11 +375,10 @@ class _Places:
             starts = [place * len(group.members) for span in group.spans for place in range(span.stop - span.start)]
             spans.append(slice(len(numbers), len(numbers) + group.size))
             numbers += block.numbers
-            ups += [[place * len(group.members) + at for at in own] for place in range(group.size)]
-            downs += [[start + at for at in own] for start in starts]
-        with torch.inference_mode(False):
-            tables = [torch.tensor(values, dtype=torch.long, device=device) for values in (numbers, ups, downs)]
-            return cls(tables[0], tables[1], tables[2], tuple(spans))
+            ups += [place * len(group.members) + at for place in range(group.size) for at in own]
+            downs += [start + at for start in starts for at in own]
+        up_table, down_table = (indices.numbers(values).view(-1, members) for values in (ups, downs))
+        return cls(indices.numbers(numbers), up_table, down_table, tuple(spans))
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -109,7 +109,7 @@ class FusedLayer(PatchedLayer):
     def operators_of(self, site: FusedSite, device: torch.device, dtype: torch.dtype) -> Operators:
         """Bound at the first call, after the layer's own forward: hosts merge other LoRAs into the weight as late as that."""
         operators = site.operators
-        if operators is None or not operators.matches(device, dtype):
+        if operators is None or operators.dtype != dtype or operators.device != device:
             branches = site.bind(lambda: self.weight_of(self.module))
             operators = site.operators = Operators.make(branches, site.strengths, device, dtype)
             site.pair = site.ballot = None
@@ -290,7 +290,7 @@ class FusedLayer(PatchedLayer):
         entries = state.entries(view.batch)
         if not entries.positions:
             return
-        if site.ballot is not None and view.put(site.ballot, site.place, entries, state.indices(view.device)):
+        if site.ballot is not None and view.put(site.ballot, site.place, entries, state):
             return
         state.collected.append((site.number, entries.images, self._votes(site, operators, view, entries.positions)))
 

@@ -42,10 +42,6 @@ class Operators:
         assert self.downs is not None and self.ups is not None
         return (*self.downs.shape, self.out)
 
-    def matches(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether they can be applied to such a layer's input."""
-        return self.dtype == dtype and self.device == device
-
     @classmethod
     def make(cls, branches: Sequence[LowRank | Dense], strengths: Sequence[float], device: torch.device, dtype: torch.dtype) -> Operators:
         """strengths: one for each branch. Makes normal tensors, also under inference mode."""

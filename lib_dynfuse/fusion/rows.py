@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-_GOLDEN = (5**0.5 - 1) / 2
+_BITS = 24
+_GOLDEN = round((5**0.5 - 1) / 2 * (1 << _BITS))
 
 
 @dataclass(frozen=True)
@@ -63,36 +64,53 @@ class Rows:
 
 @dataclass
 class RowIndices:
-    """Rows and sampled tokens as tensors on a device, made once for each pattern so that no later step copies indices there."""
+    """Numbers of rows, sites and sampled tokens as tensors on a device. They are made there, of the arguments of kernels, once for each
+    pattern: nothing is copied to the device, whenever a host changes its ways.
+    """
 
     device: torch.device
-    _known: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    _numbers: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _samples: dict[tuple[tuple[int, ...], int, int], Tensor] = field(default_factory=dict)
 
     def numbers(self, values: Sequence[int]) -> Tensor:
         """(n,) int64."""
-        key = ("numbers", *values)
-        if key not in self._known:
-            self._known[key] = self._kept(torch.tensor(values, dtype=torch.long))
-        return self._known[key]
+        key = tuple(values)
+        known = self._numbers.get(key)
+        if known is None:
+            with torch.inference_mode(False):
+                known = self._numbers[key] = torch.cat([self._run(*run) for run in _runs(key)] or [self._run(0, 0, 0)])
+        return known
+
+    def _run(self, start: int, step: int, length: int) -> Tensor:
+        if not step:
+            return torch.full((length,), start, dtype=torch.long, device=self.device)
+        return torch.arange(start, start + step * length, step, device=self.device)
 
     def samples(self, positions: Sequence[int], tokens: int, wanted: int) -> Tensor:
         """Where the samples of these rows lie in a batch of rows of `tokens` tokens, flattened: (rows * samples,) int64."""
-        key = ("samples", tokens, wanted, *positions)
-        if key not in self._known:
-            chosen = sampled_tokens(tokens, wanted)
-            self._known[key] = self._kept((torch.tensor(positions, dtype=torch.long)[:, None] * tokens + chosen).flatten())
-        return self._known[key]
+        key = (tuple(positions), tokens, wanted)
+        known = self._samples.get(key)
+        if known is None:
+            with torch.inference_mode(False):
+                chosen = sampled_tokens(tokens, wanted, self.device)
+                known = self._samples[key] = (self.numbers(positions)[:, None] * tokens + chosen).flatten()
+        return known
 
     def reciprocals(self, values: Sequence[int]) -> Tensor:
         """1 / n for each number, 1 for 0: (n,) float32."""
-        key = ("reciprocals", *values)
-        if key not in self._known:
-            self._known[key] = self._kept(1.0 / torch.tensor(values, dtype=torch.float32).clamp_min(1))
-        return self._known[key]
+        return 1.0 / self.numbers(values).clamp_min(1)
 
-    def _kept(self, tensor: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            return tensor.to(self.device, copy=True)
+
+def _runs(values: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """(start, step, length) of the arithmetic progressions that the numbers fall into."""
+    at = 0
+    while at < len(values):
+        step = values[at + 1] - values[at] if at + 1 < len(values) else 0
+        end = at + 1
+        while end < len(values) and values[end] - values[end - 1] == step:
+            end += 1
+        yield values[at], step, end - at
+        at = end
 
 
 def sample_count(tokens: int, wanted: int) -> int:
@@ -100,17 +118,18 @@ def sample_count(tokens: int, wanted: int) -> int:
     return min(tokens, wanted) if wanted else tokens
 
 
-def sampled_tokens(tokens: int, wanted: int) -> Tensor:
+def sampled_tokens(tokens: int, wanted: int, device: torch.device | None = None) -> Tensor:
     """Which tokens are measured: one of each of `wanted` equal stretches, (min(tokens, wanted),) int64; 0 wanted: all.
 
     Its place in the stretch follows the golden ratio: a fixed one would take the same column of the picture again and again wherever
     the stretch is as long as the picture is wide.
     """
     if sample_count(tokens, wanted) == tokens:
-        return torch.arange(tokens)
-    number = torch.arange(wanted)
-    starts = torch.arange(wanted + 1) * tokens // wanted
-    return starts[:-1] + ((number * _GOLDEN) % 1.0 * starts.diff()).long()
+        return torch.arange(tokens, device=device)
+    number = torch.arange(wanted, device=device)
+    starts = (torch.arange(wanted + 1, device=device) * tokens).div(wanted, rounding_mode="floor")
+    # The fraction in 2^-24: whole numbers, because not every device has float64.
+    return starts[:-1] + (((number * _GOLDEN) % (1 << _BITS) * starts.diff()) >> _BITS)
 
 
 __all__ = ["RowIndices", "Rows", "sample_count", "sampled_tokens"]

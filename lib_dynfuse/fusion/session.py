@@ -84,7 +84,10 @@ def fuse(model: nn.Module, subject: Files, style: Files, settings: FuseSettings 
 
 
 class FusionSession:
-    """LoRAs on one model. See the module's text for the two ways to use it."""
+    """LoRAs on one model. See the module's text for the two ways to use it.
+
+    shapes: dotted name of each of the model's layers -> shape of its weight, None where that is not told (quantised).
+    """
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class FusionSession:
             for name, module in model.named_modules()
             if getattr(module, "weight", None) is not None or isinstance(getattr(module, "scale", None), Tensor)
         }
+        self.shapes = {name: _shape_of(module) for name, module in modules.items()}
         self.layers = _find_layers(modules, files, len(subjects), self._state, weight_of or _own_weight, self.report)
         nothing_wanted = not rule.measures and all(schedule.full == 0 for schedule in schedules)
         if not self.report.matched and not self.report.one_sided and not nothing_wanted:
@@ -222,6 +226,10 @@ class FusionSession:
         """What was decided so far, the step under way included."""
         return self._decisions.trace()
 
+    def foreseen(self, steps: int) -> Trace:
+        """What a picture of so many steps will bring. Only under a rule that does not measure."""
+        return self._decisions.foreseen(steps)
+
     def notes(self) -> list[str]:
         """Sentences that the user should see after the job."""
         notes = []
@@ -271,7 +279,7 @@ def _find_layers(
     report: Report,
 ) -> list[PatchedLayer]:
     settings = state.settings
-    aliases = denoiser_aliases(modules)
+    aliases = denoiser_aliases({name: _shape_of(module) for name, module in modules.items()})
     branches: list[dict[Site, SiteBranch]] = []
     norms: list[dict[str, NormShift]] = []
     for file in files:
@@ -284,7 +292,7 @@ def _find_layers(
         # compared it counts: the others win every layer against it.
         branches = [found if schedule.full else {} for found, schedule in zip(branches, state.schedules)]
         norms = [found if schedule.full else {} for found, schedule in zip(norms, state.schedules)]
-    factors = _block_factors(settings, files, subjects, modules)
+    factors = factors_by_block(settings, files, subjects, modules)
     constants = [1.0 if schedule.constant is None else schedule.constant for schedule in state.schedules]
     order = {name: position for position, name in enumerate(modules)}
     by_layer: dict[str, list[FusedSite]] = {}
@@ -317,7 +325,7 @@ def _find_layers(
     return layers
 
 
-def _block_factors(
+def factors_by_block(
     settings: FuseSettings, files: Sequence[LoraFile], subjects: int, layers: Iterable[str]
 ) -> list[Callable[[Site], float]]:
     """For each LoRA, the factor that the settings' block weights put on it at a site. Raises FusionError for blocks that do not exist."""
@@ -341,15 +349,21 @@ def _block_factors(
 
 def _fitted(site: Site, binding: SiteBranch, module: nn.Module) -> SiteBranch:
     """The branch checked against the layer's shape, where that is known. Raises FusionError: the file is for another base model."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() not in (2, 4):
+    shape = _shape_of(module)
+    if shape is None:
         return binding
-    if hasattr(weight, "gguf_cls"):
-        return binding  # quantised: the stored shape is not the layer's
     try:
-        return binding.fitted(site, tuple(weight.shape))
+        return binding.fitted(site, shape)
     except LoraError as reason:
         raise FusionError(str(reason)) from None
+
+
+def _shape_of(module: nn.Module) -> tuple[int, ...] | None:
+    """Shape of a linear layer's or convolution's weight; None where a quantised one is stored in another."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() not in (2, 4) or hasattr(weight, "gguf_cls"):
+        return None
+    return tuple(weight.shape)
 
 
 def _nothing_matches(files: Sequence[LoraFile], report: Report) -> str:
@@ -359,8 +373,15 @@ def _nothing_matches(files: Sequence[LoraFile], report: Report) -> str:
             f"{' and '.join(names)} have no layer left to fuse: the settings 'scope' and 'one_sided' exclude all "
             f"{len(report.skipped)} layers that they change."
         )
-    families = " and ".join(sorted({file.family or "an unknown base model" for file in files}))
+    families = " and ".join(sorted({_made_for(file) for file in files}))
     return f"No layer of this model is changed by {' or '.join(names)}: they were made for {families}."
+
+
+def _made_for(file: LoraFile) -> str:
+    if file.family is not None:
+        return file.family
+    layer = next(iter((*file.denoiser, *file.norms)), None)
+    return "an unknown base model" if layer is None else f"a base model with layers such as {layer}"
 
 
 __all__ = ["FusionError", "FusionSession", "Report", "fuse"]

@@ -23,6 +23,7 @@ class Trace:
     present: (S, B) bool, whether the LoRA changes the site at all.
     ties, non_finite: measurements in which the largest divergence was two LoRAs', or one was not a finite number.
     fallbacks: decisions made on the negative prompt because the host ran it alone and first.
+    strengths: (steps, B), the LoRAs' own strengths at each step, without factors on blocks; empty where nobody recorded them.
     """
 
     sites: tuple[Site, ...]
@@ -35,6 +36,7 @@ class Trace:
     ties: int = 0
     non_finite: int = 0
     fallbacks: int = 0
+    strengths: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     @property
     def decided(self) -> Tensor:
@@ -76,14 +78,15 @@ class TraceStep:
     """One step's tensors, on their device.
 
     weights: (numbers of sites, (L, images or 1, B) the rule's weights there, None for all 1). measured: numbers of the sites that were
-    measured; votes: (L, images, B) there. levels: of the LoRAs' strengths at this step, 1 for constant ones. missing: (site, image) of
-    what a count of votes lacked.
+    measured; votes: (L, images, B) there. levels: of the LoRAs' strengths at this step, 1 for constant ones; strengths: constant or not.
+    missing: (site, image) of what a count of votes lacked.
     """
 
     weights: list[tuple[tuple[int, ...], Tensor | None]]
     measured: tuple[int, ...]
     votes: Tensor | None
     levels: tuple[float, ...]
+    strengths: tuple[float, ...]
     images: int
     missing: Sequence[tuple[int, int]] = ()
 
@@ -124,7 +127,11 @@ class TraceRecorder:
             compared = votes.masked_fill(~present, -torch.inf)
             ties += int((compared == compared.amax(-1, keepdim=True)).sum(-1).gt(1).sum()) - len(step.missing)
             non_finite += int((~torch.isfinite(votes) & present).any(-1).sum())
-        return Trace(self.sites, self.members, weights, divergences, reached, measured, self.present, ties, non_finite, fallbacks)
+        own_strengths = torch.tensor([step.strengths for step in self.steps]).view(len(self.steps), len(self.members))
+        return Trace(
+            *(self.sites, self.members, weights, divergences, reached, measured, self.present),
+            *(ties, non_finite, fallbacks, own_strengths),
+        )
 
 
 __all__ = ["Trace", "TraceRecorder", "TraceStep"]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .call import Entries, FusionState
-    from .rows import RowIndices
     from .votes import Ballot
 
 
@@ -54,7 +53,7 @@ class View(ABC):
         """
 
     @abstractmethod
-    def put(self, ballot: Ballot, place: int, entries: Entries, indices: RowIndices) -> bool:
+    def put(self, ballot: Ballot, place: int, entries: Entries, state: FusionState) -> bool:
         """Copy the conditional rows' samples into the ballot's room for this site; False if they do not fit it."""
 
 
@@ -80,8 +79,9 @@ class Tokens(View):
     def _inner(self, down: Tensor) -> Tensor:
         """down x: (N T, K)."""
         x = self.x
-        inner = torch.mm(x, down.t()) if x.dim() == 2 else torch.bmm(x, down.t().expand(len(x), -1, -1)).flatten(0, 1)
-        return _as(inner, self.dtype)
+        if x.dim() == 2:
+            return _as(torch.mm(x, down.t()), self.dtype)
+        return _as(torch.bmm(x, down.t().expand(len(x), -1, -1)).flatten(0, 1), self.dtype)
 
     def add_by_row(self, down: Tensor, up: Tensor, weights: Tensor) -> None:
         inner = self._inner(down).view(self.batch, -1, weights.shape[-1], down.shape[0] // weights.shape[-1])
@@ -113,9 +113,9 @@ class Tokens(View):
             x, y = (side.index_select(0, places) for side in sides)
         return x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, y.shape[-1])
 
-    def put(self, ballot: Ballot, place: int, entries: Entries, indices: RowIndices) -> bool:
+    def put(self, ballot: Ballot, place: int, entries: Entries, state: FusionState) -> bool:
         tokens = self.y.shape[0] // len(entries.rows.images)
-        slot = ballot.slot(place, entries.positions, entries.images, tokens, indices)
+        slot = ballot.slot(place, entries, tokens, state)
         if slot is None:
             return False
         x_room, y_room, places = slot
@@ -124,7 +124,7 @@ class Tokens(View):
         if x.dim() == 2:
             torch.index_select(x, 0, places, out=x_room)
         elif entries.fold == 1:
-            _put_rows(x, entries.positions, indices.samples((0,), tokens, ballot.wanted), x_room)
+            _put_rows(x, entries.positions, state.indices(self.device).samples((0,), tokens, ballot.wanted), x_room)
         else:
             torch.index_select(x.reshape(-1, x.shape[-1]), 0, places, out=x_room)
         return True
@@ -215,14 +215,14 @@ class Pixels(View):
             x, y = x.index_select(1, places), y.index_select(1, places)
         return x, y
 
-    def put(self, ballot: Ballot, place: int, entries: Entries, indices: RowIndices) -> bool:
+    def put(self, ballot: Ballot, place: int, entries: Entries, state: FusionState) -> bool:
         if entries.fold != 1 or self._kernel != (1, 1) or not self._pointwise:
             return False
         pixels = self.y.shape[2] * self.y.shape[3]
-        slot = ballot.slot(place, entries.positions, entries.images, pixels, indices)
+        slot = ballot.slot(place, entries, pixels, state)
         if slot is None:
             return False
-        places = indices.samples((0,), pixels, ballot.wanted)
+        places = state.indices(self.device).samples((0,), pixels, ballot.wanted)
         for side, room in zip((self.x.detach(), self.y.detach()), slot):
             _put_rows(side.flatten(2).transpose(1, 2), entries.positions, places, room)
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from .divergence import Workspace, largest_chunk, measured
 from .operators import Group
 from .rows import RowIndices, sample_count
+
+if TYPE_CHECKING:
+    from .call import Entries, FusionState
 
 Images = tuple[int, ...]
 
@@ -44,22 +48,20 @@ class Ballot:
     _boxes: dict[Images, Box] = field(default_factory=dict)
     _slots: dict[tuple[tuple[int, ...], Images, int], tuple[Box, Tensor]] = field(default_factory=dict)
 
-    def slot(
-        self, place: int, positions: tuple[int, ...], images: Images, tokens: int, indices: RowIndices
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    def slot(self, place: int, entries: Entries, tokens: int, state: FusionState) -> tuple[Tensor, Tensor, Tensor] | None:
         """Where a site's samples go, of its input and of its base output, and where they lie in its rows of so many tokens. None where
         they are not as many as there is room for.
-
-        positions, images: of the conditional rows.
         """
-        key = (positions, images, tokens)
+        key = (entries.positions, entries.images, tokens)
         known = self._slots.get(key)
         if known is None:
             if sample_count(tokens, self.wanted) != self.samples:
                 return None
+            images = entries.images
             if images not in self._boxes:
                 self._boxes[images] = Box(self.group, len(images) * self.samples)
-            known = self._slots[key] = self._boxes[images], indices.samples(positions, tokens, self.wanted)
+            places = state.indices(self.group.ups.device).samples(entries.positions, tokens, self.wanted)
+            known = self._slots[key] = self._boxes[images], places
         box, places = known
         box.filled.add(place)
         x, y = box.rooms[place]

@@ -1,8 +1,8 @@
 """LoRA files: read in every dialect and kind, and matched to a model's layers."""
 
-from .blocks import Blocks, block_factors, text_factors
+from .blocks import Blocks, block_factors, text_factors, text_strengths
 from .branch import Branch, LoraError, LowRank, NormShift, bound, merged
-from .export import MergeReport, Share, merged_tensors, write_merged
+from .export import MergeReport, Share, check_target, merged_tensors, write_merged
 from .families import block_label, denoiser_aliases, is_attention, layer_label
 from .matching import SiteBranch, branches_by_site, compatible, norms_by_layer
 from .naming import Alias, Part, Site
@@ -25,6 +25,7 @@ __all__ = [
     "block_label",
     "bound",
     "branches_by_site",
+    "check_target",
     "compatible",
     "denoiser_aliases",
     "is_attention",
@@ -34,5 +35,6 @@ __all__ = [
     "norms_by_layer",
     "read_lora",
     "text_factors",
+    "text_strengths",
     "write_merged",
 ]

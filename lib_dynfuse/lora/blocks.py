@@ -9,10 +9,12 @@ from functools import cache
 from itertools import groupby
 
 from ..errors import SettingsError
-from ..strength import BlockText
+from ..settings import FuseSettings
+from ..strength import BlockText, one_each
 from . import families
 from .families import Family
 from .naming import Site
+from .reader import LoraFile
 
 TEXT = "base"
 """What the factors call all text encoders that have no name of their own there."""
@@ -110,6 +112,8 @@ def text_factors(text: BlockText, family: str | None) -> dict[str, float]:
 
     Blocks that the model does not have are for the denoiser to refuse: they count for nothing here.
     """
+    if text == BlockText():
+        return dict.fromkeys(("te1", "te2", "t5"), 1.0)
     blocks = Blocks.of_model(families.reference_layers(family)) if family is not None else Blocks(())
     try:
         factors = block_factors(text, blocks)
@@ -117,6 +121,26 @@ def text_factors(text: BlockText, family: str | None) -> dict[str, float]:
         factors = {}
     base = factors.get(TEXT, 1.0)
     return {"te1": base, "te2": base, "t5": factors.get("t5", base)}
+
+
+def text_strengths(settings: FuseSettings, subjects: Sequence[LoraFile], styles: Sequence[LoraFile]) -> list[dict[str, float]]:
+    """For each LoRA, the strength of its part of each text encoder ("te1", "te2", "t5"): the settings' te_weight times its weight times
+    the factor of its block weights. A weight that varies with the step counts in full: a prompt is encoded once.
+    """
+    files = (*subjects, *styles)
+    schedules = (
+        *one_each(settings.subject_schedules, len(subjects), "subject_weight"),
+        *one_each(settings.style_schedules, len(styles), "style_weight"),
+    )
+    texts = (
+        *one_each(settings.subject_block_texts, len(subjects), "subject_blocks"),
+        *one_each(settings.style_block_texts, len(styles), "style_blocks"),
+    )
+    family = next((file.family for file in files if file.family is not None), None)
+    strengths = [settings.te_weight * schedule.full for schedule in schedules]
+    return [
+        {encoder: strength * factor for encoder, factor in text_factors(text, family).items()} for strength, text in zip(strengths, texts)
+    ]
 
 
 def listing(names: Sequence[str]) -> str:
@@ -159,4 +183,4 @@ def _number(name: str) -> int:
     return int(name[len(_group(name)) :] or 0)
 
 
-__all__ = ["REST", "TEXT", "Blocks", "block_factors", "listing", "text_factors"]
+__all__ = ["REST", "TEXT", "Blocks", "block_factors", "listing", "text_factors", "text_strengths"]

@@ -33,9 +33,12 @@ from ..errors import SettingsError
 from . import families
 from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift, bound
 from .families import Family, Shape, denoiser_aliases, family, reference_layers
-from .matching import SiteBranch, branches_by_site, compatible
+from .matching import SiteBranch, branches_by_site, compatible, naming_family, shared_families
 from .naming import Alias, Site
 from .reader import LoraFile
+
+Progress = Callable[[int, int], None]
+"""(layers done, layers in all)"""
 
 _TEXT_PREFIXES = {"te1": "lora_te_", "te2": "lora_te2_", "t5": "lora_te3_"}
 
@@ -82,16 +85,15 @@ def write_merged(
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str] | None = None,
     weight_of: Callable[[str], Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """Write the LoRAs of `shares` as one file. Arguments: see `merged_tensors`. A file that exists is never overwritten.
 
     metadata: the settings it was made with, written under "dynfuse_<name>". Raises LoraError: one sentence.
     """
     path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise LoraError(f"{path.name} cannot be written: its name must end in .safetensors.")
-    _refuse_existing(path)
-    tensors, report = merged_tensors(shares, layers=layers, rank=rank, dtype=dtype, weight_of=weight_of)
+    check_target(path)
+    tensors, report = merged_tensors(shares, layers=layers, rank=rank, dtype=dtype, weight_of=weight_of, progress=progress)
     _save(path, tensors, _metadata(path, [share.file for share in shares], report, metadata or {}))
     return report
 
@@ -103,13 +105,15 @@ def merged_tensors(
     rank: int | None = None,
     dtype: torch.dtype = torch.float16,
     weight_of: Callable[[str], Tensor] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], MergeReport]:
     """The merged LoRA's tensors by their keys, and the report.
 
     layers: dotted layer names of the model, in any scheme, with the shapes of their weights where known: its sites are what the shares'
     factors are asked for. By default those of the published model of the LoRAs' family, in its authors' scheme (LDM, BFL).
     rank: highest rank of a layer; higher ones are reduced by singular values. None: every layer exactly.
-    weight_of: dotted layer name -> the layer's weight, dequantised, for the kinds that depend on it.
+    weight_of: dotted layer name -> the layer's weight on the CPU, dequantised, for the kinds that depend on it. progress: called after
+    each layer of the denoiser.
     Raises SettingsError for the rank, LoraError: the LoRAs do not go together, fit no layer, or are of a kind that cannot be written.
     """
     if rank is not None and rank < 1:
@@ -118,12 +122,14 @@ def merged_tensors(
     if layers is None:
         layers = reference_layers(base.name) if base is not None else {}
     writer = _Writer(rank, dtype)
-    unmatched = _write_denoiser(writer, shares, layers, base, weight_of)
+    unmatched = _write_denoiser(writer, shares, layers, base, weight_of, progress)
     _write_text_encoders(writer, shares, base)
     if not writer.tensors:
         names = " and ".join(share.file.path.name for share in shares)
         raise LoraError(f"Nothing is left of {names} to write: all factors are 0, or no layer of the model fits.")
-    return writer.tensors, writer.report(base, unmatched)
+    # Where the files may be for several base models, so may what is made of them.
+    told = base if len(shared_families([share.file for share in shares])) < 2 else None
+    return writer.tensors, writer.report(told, unmatched)
 
 
 def _write_denoiser(
@@ -132,6 +138,7 @@ def _write_denoiser(
     layers: Mapping[str, Shape | None],
     base: Family | None,
     weight_of: Callable[[str], Tensor] | None,
+    progress: Progress | None,
 ) -> dict[str, list[str]]:
     """Returns the keys that fit no layer, by LoRA."""
     aliases = denoiser_aliases(layers)
@@ -142,10 +149,13 @@ def _write_denoiser(
         unmatched.setdefault(share.file.name, []).extend(keys)
         found.append({site: binding for site, binding in sites.items() if share.factor(site)})
         if weight_of is None:
-            _refuse_weight_dependent(share, [binding.branch for binding in found[-1].values()])
+            _refuse_weight_dependent(
+                share, [binding.branch for binding in found[-1].values()], "; generate --save-lora, which loads the model, can merge it"
+            )
     shifts = [_shifts(share, aliases) for share in shares]
     touched: set[Site] = set().union(*found, *shifts)
-    for name, targets in _targets(aliases, base, touched):
+    written = list(_targets(aliases, base, touched))
+    for done, (name, targets) in enumerate(written):
         layer, site = _Layer(f"lora_unet_{name}"), targets[0].site
         for number, share in enumerate(shares):
             for alias in targets:
@@ -153,6 +163,8 @@ def _write_denoiser(
                     layer.add((number, binding.name), _piece(binding, alias.site, weight_of), share.factor(alias.site), alias)
         writer.write(layer, layers.get(site.layer))
         writer.write_norm(layer.key, [(at[site], share.factor(site)) for share, at in zip(shares, shifts) if site in at])
+        if progress is not None:
+            progress(done + 1, len(written))
     return unmatched
 
 
@@ -176,13 +188,13 @@ def _family(shares: Sequence[Share], layers: Mapping[str, Shape | None] | None) 
         for b in files[index + 1 :]:
             if reason := compatible(a, b):
                 raise LoraError(reason)
-    if name := next((file.family for file in files if file.family is not None), None):
-        return family(name)
+    if named := naming_family(files):
+        return named
     if layers is None:
         if nameless := next((file for file in files if file.denoiser or file.norms), None):
             raise LoraError(f"{nameless.path.name} cannot be merged without a model: its layers do not tell the base model.")
         return None
-    return next((known for known in families.FAMILIES if known.aliases(list(layers)) is not None), None)
+    return next((known for known in families.FAMILIES if known.aliases(layers) is not None), None)
 
 
 def _targets(aliases: Mapping[str, list[Alias]], base: Family | None, touched: set[Site]) -> Iterator[tuple[str, list[Alias]]]:
@@ -200,13 +212,13 @@ def _targets(aliases: Mapping[str, list[Alias]], base: Family | None, touched: s
             yield name, targets
 
 
-def _refuse_weight_dependent(share: Share, branches: Sequence[Branch]) -> None:
+def _refuse_weight_dependent(share: Share, branches: Sequence[Branch], way_out: str = "") -> None:
     dependent = sum(isinstance(branch, FromWeight) and not branch.only_bias for branch in branches)
     if dependent:
         kinds = [kind for kind in share.file.kinds if kind.startswith("DoRA") or kind in ("IA3", "OFT", "BOFT", "GLoRA")]
         raise LoraError(
             f"{share.file.path.name} cannot be merged into one file: {dependent} of its layers ({', '.join(kinds)}) depend on "
-            "the base model's own weights."
+            f"the base model's own weights{way_out}."
         )
 
 
@@ -468,7 +480,10 @@ def _rename(partial: Path, path: Path) -> None:
         raise
 
 
-def _refuse_existing(path: Path) -> None:
+def check_target(path: Path) -> None:
+    """Raises LoraError if a merged file cannot have this name: its ending, a file that exists, a folder that does not."""
+    if path.suffix.lower() != ".safetensors":
+        raise LoraError(f"{path.name} cannot be written: its name must end in .safetensors.")
     if os.path.lexists(path):
         raise _existing(path)
     if not path.parent.is_dir():
@@ -486,4 +501,4 @@ def _reason(error: OSError | SafetensorError) -> str:
     return (found[1] if found else (str(error).strip().splitlines() or [type(error).__name__])[0]).rstrip(".")
 
 
-__all__ = ["MergeReport", "Share", "merged_tensors", "write_merged"]
+__all__ = ["MergeReport", "Progress", "Share", "check_target", "merged_tensors", "write_merged"]

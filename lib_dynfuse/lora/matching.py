@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift, bound
-from .families import has_variable_input, layout_of, sharing
+from .families import Family, family, has_variable_input, knowing
 from .naming import Alias, Part, Site
 from .reader import LoraFile
 
@@ -147,9 +147,10 @@ def norms_by_layer(file: LoraFile, aliases: Mapping[str, list[Alias]]) -> dict[s
 
 def compatible(a: LoraFile, b: LoraFile) -> str | None:
     """Why two LoRAs cannot be fused on one model, in a sentence; None if nothing speaks against it."""
-    if a.family is not None and b.family is not None and a.family != b.family:
-        return _different(a, a.family, b, b.family)
-    kinds = [_architectures(file) for file in (a, b)]
+    kinds = [_base_models(file) for file in (a, b)]
+    if kinds[0] and kinds[1] and not _with_relatives(kinds[0]) & _with_relatives(kinds[1]):
+        return _different(a, _either(kinds[0]), b, _either(kinds[1]))
+    kinds = [{known.kind for known in knowing((*file.denoiser, *file.norms))} for file in (a, b)]
     if kinds[0] and kinds[1] and not kinds[0] & kinds[1]:
         return _different(a, _either(kinds[0]), b, _either(kinds[1]))
     for layer, branch in a.denoiser.items():
@@ -164,13 +165,31 @@ def compatible(a: LoraFile, b: LoraFile) -> str | None:
     return None
 
 
+def shared_families(files: Sequence[LoraFile]) -> list[Family]:
+    """The families that all of these files may be for, as far as their layers tell; where one file names its own, that alone."""
+    if name := next((file.family for file in files if file.family is not None), None):
+        return [family(name)]
+    allowed = [file.possible for file in files if file.possible]
+    return [family(name) for name in allowed[0] if all(name in others for others in allowed)] if allowed else []
+
+
+def naming_family(files: Sequence[LoraFile]) -> Family | None:
+    """The family in whose names a file made of these is written; None if those that they may be for do not name the layers alike."""
+    found = shared_families(files)
+    return found[0] if len({known.kohya_layout for known in found}) == 1 else None
+
+
 def _different(a: LoraFile, one: str, b: LoraFile, other: str) -> str:
     return f"{a.path.name} was made for {one} and {b.path.name} for {other}: both must be for the same base model."
 
 
-def _architectures(file: LoraFile) -> set[str]:
-    layouts = {layout for layer in (*file.denoiser, *file.norms) if (layout := layout_of(layer)) is not None}
-    return {family.kind for family in sharing(layouts)}
+def _base_models(file: LoraFile) -> set[str]:
+    """The families that a file may be for; empty where its layers tell none."""
+    return set(file.possible) if file.family is None else {file.family}
+
+
+def _with_relatives(names: set[str]) -> set[str]:
+    return names.union(*(family(name).relatives for name in names))
 
 
 def _either(kinds: set[str]) -> str:
@@ -181,4 +200,4 @@ def _times(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
 
-__all__ = ["SiteBranch", "branches_by_site", "compatible", "norms_by_layer"]
+__all__ = ["SiteBranch", "branches_by_site", "compatible", "naming_family", "norms_by_layer", "shared_families"]

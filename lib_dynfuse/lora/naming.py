@@ -140,6 +140,11 @@ def parse_key(key: str) -> KeyName | None:
     return KeyName(component, layer, role, layer_style or prefix_style or style)
 
 
+def names_denoiser(key: str) -> bool:
+    """Whether a key of a LoRA file begins as only a denoiser's does. What PEFT puts before the keys of every model is not enough."""
+    return key.removeprefix("base_model.model.").startswith(tuple(prefix for prefix in _DENOISER_PREFIXES if prefix != "base_model.model."))
+
+
 def _without_prefix(path: str) -> tuple[str, str, str]:
     """(component, path without its prefixes, style that a prefix shows). Prefixes may be doubled ("unet.unet.")."""
     style = ""
@@ -177,10 +182,10 @@ def _denoiser_layer(path: str, stream: str) -> tuple[str, str]:
         return f"single_blocks_{found[2]}_{'linear1_qkv' if found[3] == 'qkv' else 'linear2'}", "XLabs"
     old = ".processor." in path
     name = flat(path.replace(".processor.", "."))
-    # diffusers' old attention processors name the output layer without its place in the Sequential.
-    if name.endswith(("attn1_to_out", "attn2_to_out", "attn_to_out")):
+    # diffusers' old attention processors name the output layer without its place in the Sequential. Flux.2's single blocks have none.
+    if name.endswith(("attn1_to_out", "attn2_to_out", "attn_to_out")) and not name.startswith("single_transformer_blocks_"):
         name += "_0"
     return name, "diffusers (old)" if old else ""
 
 
-__all__ = ["Alias", "KeyName", "Part", "Site", "flat", "parse_key"]
+__all__ = ["Alias", "KeyName", "Part", "Site", "flat", "names_denoiser", "parse_key"]

@@ -33,14 +33,15 @@ from .families import (
     reference_layers,
 )
 from .kinds import branch_of
-from .naming import KeyName, parse_key
+from .naming import KeyName, names_denoiser, parse_key
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
     """A LoRA file, taken apart. Layers are named by flat names in the file's own scheme (naming.py).
 
-    name: the file's name without its ending. family: "SD 1.x", "SD 2.x", "SDXL", "Flux", or None where the layers do not tell.
+    name: the file's name without its ending. family: "SD 1.x", "SDXL", "Flux", ..., or None where the layers do not tell; possible: the
+    families that they allow then.
     dialects: how its keys are written, for reports. denoiser: layer -> branch. norms: denoiser layer -> shift of gain and offset.
     text: encoder ("te1" CLIP-L and the only one of SD 1.x and 2.x, "te2" CLIP-G, "t5") -> layer -> branch.
     ranks: rank -> number of layers. kinds: "LoRA", "LoHa", ... -> number of layers.
@@ -61,6 +62,7 @@ class LoraFile:
     embeddings: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    possible: tuple[str, ...] = ()
 
 
 def read_lora(path: str | os.PathLike[str]) -> LoraFile:
@@ -138,26 +140,29 @@ def _taken_apart(
         rank = None if isinstance(branch, NormShift) else branch.rank
         if rank is not None:
             ranks[rank] += 1
-    if len(unknown) == len(denoiser) + len(norms) + sum(len(layers) for layers in text.values()):
+    # The denoiser's own names serve a model of a scheme that no family has.
+    foreign = len(unknown) == len(denoiser) + len(norms) and any(names_denoiser(key) for layer in unknown for key in keys_of.get(layer, ()))
+    if not foreign and len(unknown) == len(denoiser) + len(norms) + sum(len(layers) for layers in text.values()):
         names = ", ".join(known.name for known in families.FAMILIES)
         raise LoraError(
             f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {names}."
             if unknown
             else _no_lora(path, list(parsed))
         )
-    layers = denoiser.keys() | norms.keys()
-    layouts = {layout for layer in layers if (layout := layout_of(layer)) is not None}
-    shapes = {layer: branch.shape for layer, branch in denoiser.items() if branch.shape is not None}
-    family = recognise(layouts, shapes, {encoder: _text_width(branches) for encoder, branches in text.items()})
-    for layer in (layer for layer in keys_of if not _in_family(layer, family)):
-        unmatched.extend(keys_of[layer])
+    shapes = {layer: branch.shape for layer, branch in denoiser.items()} | dict.fromkeys(norms)
+    known_text = {name: layers for name, layers in text.items() if any(known_text_layer(name, layer) for layer in layers)}
+    possible = recognise(shapes, {encoder: _text_width(branches) for encoder, branches in known_text.items()}, metadata)
+    family = possible[0] if len(possible) == 1 else None
+    if not foreign:
+        for layer in (layer for layer in keys_of if not _in_families(layer, possible)):
+            unmatched.extend(keys_of[layer])
     if family is not None:
-        _refuse_misfits(path, family, shapes)
+        _refuse_misfits(path, family, {layer: shape for layer, shape in shapes.items() if shape is not None})
     return LoraFile(
         path=path,
         name=path.stem,
         family=family,
-        dialects=_dialects(name for name in parsed.values() if name is not None),
+        dialects=_dialects((name for name in parsed.values() if name is not None), possible),
         denoiser=denoiser,
         norms=norms,
         text=text,
@@ -167,6 +172,7 @@ def _taken_apart(
         embeddings=embeddings,
         metadata=metadata,
         keys=keys_of,
+        possible=possible if family is None else (),
     )
 
 
@@ -287,8 +293,8 @@ def _text_width(branches: Mapping[str, Branch]) -> int | None:
     return None
 
 
-def _in_family(layer: str, family: str | None) -> bool:
-    return layout_of(layer) is not None if family is None else layer in reference_aliases(family)
+def _in_families(layer: str, names: tuple[str, ...]) -> bool:
+    return any(layer in reference_aliases(name) for name in names) if names else layout_of(layer) is not None
 
 
 def _refuse_misfits(path: Path, family: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -326,15 +332,18 @@ def _times(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
 
-def _dialects(names: Iterable[KeyName]) -> tuple[str, ...]:
+def _dialects(names: Iterable[KeyName], possible: tuple[str, ...]) -> tuple[str, ...]:
     """How the keys are written, the commonest first: "kohya, LDM names", "PEFT, Flux diffusers names", ..."""
     counts: Counter[str] = Counter()
+    own: Counter[str] = Counter()
+    family = possible[0] if possible else None
     for name in names:
-        if name.component == "denoiser" and name.style and (layout := layout_of(name.layer)) is not None:
-            counts[f"{name.style}, {layout}"] += 1
+        if name.component == "denoiser" and name.style:
+            layout = layout_of(name.layer, family)
+            (own if layout is None else counts)[f"{name.style}, {layout or 'names of its own'}"] += 1
         elif name.component in ("te1", "te2", "t5") and name.style:
             counts[f"{name.style}, text encoder"] += 1
-    return tuple(label for label, _ in counts.most_common())
+    return tuple(label for label, _ in (counts or own).most_common())
 
 
 __all__ = ["LoraError", "LoraFile", "read_lora"]

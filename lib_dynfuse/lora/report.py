@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 
-from .families import layout_of, reference_aliases, sharing, text_encoder
+from .families import knowing, layout_of, reference_aliases, text_encoder
 from .matching import branches_by_site, norms_by_layer
 from .naming import Alias, Site
 from .reader import LoraFile
@@ -47,19 +47,31 @@ def describe(file: LoraFile) -> list[str]:
 
 def describe_pair(a: LoraFile, b: LoraFile) -> str:
     """What two files that go together change together, in one sentence."""
-    base = a.family or b.family
+    named = a.family or b.family
+    base = named or next((name for name in a.possible if name in b.possible), None)
     first, second = (_sites(file, base) for file in (a, b))
+    together = f"{a.path.name} and {b.path.name} go together{f' on {named}' if named else ''}"
     return (
-        f"{a.path.name} and {b.path.name} go together{f' on {base}' if base else ''}: both change {_count(len(first & second), 'layer')}, "
+        f"{together}: both change {_count(len(first & second), 'layer')}, "
         f"only the first {len(first - second)}, only the second {len(second - first)}."
     )
+
+
+def _base(file: LoraFile) -> str | None:
+    """The family whose published model stands for the file's; where several may, all have its layers."""
+    return file.family or next(iter(file.possible), None)
+
+
+def _is_foreign(file: LoraFile) -> bool:
+    return not knowing((*file.denoiser, *file.norms)) and bool(file.denoiser or file.norms)
 
 
 def _aliases(file: LoraFile, family: str | None) -> Mapping[str, list[Alias]]:
     """Of the family's published model; of the file's own layers where the family is unknown."""
     if family is not None:
         return reference_aliases(family)
-    return {layer: [Alias(Site(layer))] for layer in (*file.denoiser, *file.norms) if layout_of(layer) is not None}
+    foreign = _is_foreign(file)
+    return {layer: [Alias(Site(layer))] for layer in (*file.denoiser, *file.norms) if foreign or layout_of(layer) is not None}
 
 
 def _sites(file: LoraFile, family: str | None) -> set[Site]:
@@ -75,7 +87,9 @@ def _count(number: int, what: str) -> str:
 
 
 def _denoiser(file: LoraFile) -> str:
-    aliases = _aliases(file, file.family)
+    if _is_foreign(file):
+        return _count(len(file.denoiser) + len(file.norms), "layer")
+    aliases = _aliases(file, _base(file))
     matched = sum(layer in aliases for layer in file.denoiser)
     text = f"{matched} of {len(file.denoiser)} layers matched"
     if file.norms:
@@ -84,10 +98,14 @@ def _denoiser(file: LoraFile) -> str:
 
 
 def _unknown_family(file: LoraFile) -> str:
-    layouts = {layout for layer in (*file.denoiser, *file.norms) if (layout := layout_of(layer)) is not None}
-    if not layouts:
+    layers = (*file.denoiser, *file.norms)
+    if file.possible:
+        return f"unknown ({', '.join(file.possible[:-1])} or {file.possible[-1]}: its layers do not tell which)"
+    if not layers:
         return "unknown (it changes only text encoders)"
-    return f"unknown ({sharing(layouts)[0].unrecognised})"
+    if known := knowing(layers):
+        return f"unknown ({known[0].unrecognised})"
+    return f"unknown (it fits a model with layers of its own names, such as {layers[0]})"
 
 
 def _ranks(ranks: Mapping[int, int]) -> str:

@@ -18,10 +18,11 @@ import gradio as gr
 from PIL import Image
 
 from ..hosts.webui.host import WebUIHost
+from ..hosts.webui.passes import Recipe
 from ..settings import LORA_FIELDS, PRESETS, FuseSettings, SettingsError, field_metadata, field_types, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
-from . import gallery, pictures
+from . import gallery, pictures, saving
 from .arguments import WEIGHTS
 
 TITLE = "DynFuse"
@@ -48,6 +49,13 @@ GUIDANCE_ROWS = (
 )
 PROMPT_PLACEHOLDER = "LoRA's activation text, else the prompt"
 PLACEHOLDERS = {"hr": "0.7 or 0.7/1", "subject_blocks": BLOCKS_EXAMPLE, "style_blocks": BLOCKS_EXAMPLE}
+SAVING_TOOLTIPS = (
+    "Name of a new LoRA that does on average what this picture's did: each LoRA, in each layer, at the mean of its weights over the steps. "
+    "It needs no DynFuse. A LoRA of that name is never overwritten.",
+    "0: exact, as large as all LoRAs together. Else at most this rank in each layer: a smaller file, which loses a little; how much is "
+    "said.",
+    "Write the file into the WebUI's folder for LoRAs. Large models take up to some minutes when a rank is given.",
+)
 WEIGHT_TEXT_TOOLTIP = (
     "In place of the slider above: the weight over the steps, as points weight@place with straight lines between them. A place is a "
     "fraction of the steps (0.3), or a step's number (5). For several LoRAs also one each: 1+0.5. Empty: the slider's."
@@ -55,17 +63,29 @@ WEIGHT_TEXT_TOOLTIP = (
 
 
 @dataclass(frozen=True)
+class Saving:
+    """The controls under a result that save its LoRAs as one. part: all of them, to be shown or hidden. message: what became of it."""
+
+    part: Any
+    name: Any
+    rank: Any
+    button: Any
+    message: Any
+
+
+@dataclass(frozen=True)
 class Panel:
     """The built controls.
 
     enabled: the switch. fields: by field name, in the order of FuseSettings. texts: of the weights, by name (see weight_text). result:
-    where the job's pictures go. references: where the kept references are shown.
+    where the job's pictures go. saving: what is under it. references: where the kept references are shown.
     """
 
     enabled: Any
     fields: dict[str, Any]
     texts: dict[str, Any]
     result: Any
+    saving: Saving
     references: Any
 
     @property
@@ -181,9 +201,10 @@ def build(tab: str, host: WebUIHost) -> Panel:
             values = PRESETS[name]
             _quietly(button.click, functools.partial(list, values.values()), inputs=[], outputs=[fields[field] for field in values])
         result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
+        below = _saving(element)
 
     texts = {name: fields.pop(name) for name in WEIGHT_TEXTS}
-    return Panel(enabled, {name: fields[name] for name in field_types()}, texts, result, references)
+    return Panel(enabled, {name: fields[name] for name in field_types()}, texts, result, below, references)
 
 
 def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable[[], str], host: WebUIHost) -> None:
@@ -196,6 +217,32 @@ def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable
         return result_html(), gallery.gallery_html(host.reference_cache)
 
     _quietly(component.change, after_job, inputs=[], outputs=[panel.result, panel.references])
+
+
+def offer_to_save(component: Any, panel: Panel, recipe: Callable[[], Recipe | None], host: WebUIHost) -> None:
+    """Show the controls that save the last job's LoRAs as one where recipe() gives something to save, and let them work.
+
+    component: as for refresh_result_on_change.
+    """
+    controls = panel.saving
+
+    def after_job() -> tuple[Any, Any, str]:
+        found = recipe() if host.catalogue.folder() is not None else None
+        name = saving.proposed_name(found.settings, host.catalogue) if found is not None else ""
+        return gr.update(visible=found is not None), name, ""
+
+    def save(name: str, rank: Any) -> str:
+        return saving.save(recipe(), name, rank, host.catalogue)
+
+    def choices() -> list[Any]:
+        return [gr.update(choices=host.catalogue.names()) for _ in LORA_FIELDS]
+
+    _quietly(component.change, after_job, inputs=[], outputs=[controls.part, controls.name, controls.message])
+    # Singular values of a large model take a minute: the message's place shows that something is under way.
+    pressed = controls.button.click(
+        fn=save, inputs=[controls.name, controls.rank], outputs=[controls.message], show_progress="full", queue=False
+    )
+    _quietly(pressed.then, choices, inputs=[], outputs=[panel.fields[name] for name in LORA_FIELDS])
 
 
 @functools.cache
@@ -292,6 +339,20 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     # The hosts turn this attribute into the element's title (javascript/hints.js); gradio itself has no tooltips.
     control.webui_tooltip = metadata["tooltip"]
     return control
+
+
+def _saving(element: Callable[[str], str]) -> Saving:
+    with gr.Column(visible=False, elem_id=element("saving"), elem_classes=["dynfuse-saving"]) as part:
+        with gr.Row(elem_classes=["dynfuse-row"]):
+            name = gr.Textbox(label="Save as one LoRA", value="", max_lines=1, elem_id=element("saving_name"))
+            rank = gr.Slider(label="Rank of the saved LoRA", value=0, minimum=0, maximum=128, step=1, elem_id=element("saving_rank"))
+            with gr.Column(elem_classes=["dynfuse-saving-button"], scale=0, min_width=100):
+                button = gr.Button("Save LoRA", elem_id=element("saving_button"), size="sm")
+        message = gr.HTML(value="", elem_id=element("saving_message"), elem_classes=["dynfuse-saved"])
+    name.do_not_save_to_config = True  # a proposal for one picture is no default
+    for control, tooltip in zip((name, rank, button), SAVING_TOOLTIPS):
+        control.webui_tooltip = tooltip
+    return Saving(part, name, rank, button, message)
 
 
 def _weight_text(name: str, element: str) -> Any:

@@ -16,7 +16,7 @@ from ..fusion import Trace, selection_map
 from ..guidance import curve
 from ..guidance.guide import GuidanceRecord
 from ..guidance.references import Reference
-from ..hosts.webui.passes import FusionPass
+from ..hosts.webui.passes import FusionPass, Recipe
 from ..settings import FuseSettings
 from . import options, pictures
 
@@ -47,6 +47,7 @@ class _Seen:
     references: tuple[_SeenReference, ...]
     notes: tuple[str, ...]
     hires: bool
+    recipe: Recipe | None
 
 
 _last: dict[str, list[_Seen]] = {}
@@ -72,6 +73,11 @@ def result_html(tab: str) -> str:
     return figures + _references_html(references) + (f"<ul>{notes}</ul>" if notes else "")
 
 
+def recipe(tab: str) -> Recipe | None:
+    """Of the last pass of a tab's last job; None if nothing was fused."""
+    return next((p.recipe for p in reversed(_last.get(tab, [])) if p.recipe is not None), None)
+
+
 def save_beside(filename: str, passes: Sequence[FusionPass]) -> None:
     """The host has saved an image: save the map and the curve of its batch under the same name with "-dynfuse.png", if the user wants it.
 
@@ -91,7 +97,7 @@ def save_beside(filename: str, passes: Sequence[FusionPass]) -> None:
 
 def _seen(p: FusionPass) -> _Seen:
     references = tuple(_seen_reference(reference) for reference in (p.guidance.references if p.guidance is not None else ()))
-    return _Seen(p.settings, p.trace, _record(p), references, tuple(p.notes), p.hires)
+    return _Seen(p.settings, p.trace, _record(p), references, tuple(p.notes), p.hires, p.recipe)
 
 
 def _seen_reference(reference: Reference) -> _SeenReference:

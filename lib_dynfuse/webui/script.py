@@ -84,7 +84,9 @@ class DynFuseScript(scripts.Script):
     def after_component(self, component: Any, **kwargs: Any) -> None:
         tab = _tab(self.is_img2img)
         if self._panel is not None and kwargs.get("elem_id") == f"generation_info_{tab}":
-            panel.refresh_result_on_change(component, self._panel, functools.partial(results.result_html, tab), detect())
+            host = detect()
+            panel.refresh_result_on_change(component, self._panel, functools.partial(results.result_html, tab), host)
+            panel.offer_to_save(component, self._panel, functools.partial(results.recipe, tab), host)
 
     @_harmless
     def process(self, p: Any, *arguments: Any) -> None:

@@ -1,10 +1,16 @@
 """The benchmark measures what it says: its literal form makes the same choices as the fusion, and leaves nothing behind."""
 
+import json
+import sys
+
 import pytest
 import torch
 
 from lib_dynfuse import FuseSettings
-from lib_dynfuse.bench import fusion, main
+from lib_dynfuse.bench import fusion, main, sweep
+from lib_dynfuse.bench.denoisers import Denoiser, Loras
+from lib_dynfuse.bench.dispatched import Dispatched, added
+from lib_dynfuse.bench.host_time import host_microseconds, stack_and_loras
 from lib_dynfuse.bench.literal import literally_fused
 from lib_dynfuse.fusion import FusionSession
 
@@ -48,16 +54,90 @@ class OneInput(torch.nn.Module):
         return self.model(sample)
 
 
-def test_every_way_is_timed_in_every_turn(model, pair):
-    result = fusion.measure(OneInput(model), {"sample": torch.randn(2, 4, WIDTH)}, *pair, rounds=2, progress=lambda text: None)
-    assert {way: len(seconds) for way, seconds in result["seconds"].items()} == {"plain": 2, "direct": 2, "fused": 2, "literal": 2}
+@pytest.fixture
+def denoiser(model):
+    return Denoiser("small", 64, OneInput(model), {"sample": torch.randn(2, 4, WIDTH)})
+
+
+@pytest.mark.parametrize("decide", ["now", "next"])
+def test_every_way_is_timed_in_every_turn(denoiser, pair, decide):
+    result = fusion.measure(denoiser, Loras.split(pair), FuseSettings(decide=decide), rounds=2)
+    ways = ("plain", "one LoRA", "direct", "fused", "now", "next", "literal")
+    assert {way: len(seconds) for way, seconds in result["seconds"].items()} == dict.fromkeys(ways, 2)
     assert all(value > 0 for seconds in result["seconds"].values() for value in seconds)
+    assert set(result["ratio_to_plain"]) == set(ways)
     assert result["ratio_to_plain"]["plain"] == 1
+    assert result["seconds"]["fused"] == result["seconds"][decide]
     assert result["layers"] == len(ATTENTION)
 
 
-@pytest.mark.parametrize("arguments", [["--size", "100"], ["--rank", "0"], ["--rounds", "0"]])
+def test_loras_are_split_between_subjects_and_styles(pair):
+    for count, (subjects, styles) in {1: (1, 0), 2: (1, 1), 3: (2, 1), 4: (2, 2)}.items():
+        branches = Loras.split([pair[0]] * count)
+        assert (len(branches.subjects), len(branches.styles)) == (subjects, styles)
+
+
+def test_one_lora_alone_costs_two_products_a_layer(denoiser, pair):
+    count = added(denoiser, Loras.split(pair).first.session(denoiser, FuseSettings(method="direct")))
+    assert count.in_layers == {"mm": len(ATTENTION), "addmm_": len(ATTENTION)}
+    assert count.per_layer == 2
+    assert count.per_step == 0
+
+
+def test_operations_that_run_nothing_are_not_counted():
+    x = torch.ones(2, 3)
+    with Dispatched() as counted:
+        torch.empty(4)
+        (x.view(3, 2).t().unsqueeze(0) + 1).mul_(2)
+    assert counted.operations == {"add": 1, "mul_": 1}
+
+
+@pytest.mark.parametrize("axis", sweep.AXES)
+def test_a_sweep_gives_a_row_for_every_value(axis, monkeypatch):
+    monkeypatch.setattr(sweep, "unet_inputs", lambda model, size, device, dtype: {"x": torch.randn(2, size // 16, WIDTH)})
+    monkeypatch.setitem(sweep._SIZES, "small", (64, 128))
+    monkeypatch.setattr(sweep, "_RANKS", (4, 8))
+    stack, _ = stack_and_loras()
+    denoiser = Denoiser("small", 64, stack, {"x": torch.randn(2, 4, WIDTH)})
+    rows = sweep.measure(axis, denoiser, 2, 4, FuseSettings(decide="next"), lambda own, ways: fusion.timed(own, ways, 1))
+    layers = len(stack.run)
+    expected = {"rank": [4, 8], "loras": [1, 2, 3, 4], "size": [64, 128], "layers": [layers * n // 4 for n in (1, 2, 3, 4)]}[axis]
+    assert [row["value"] for row in rows] == expected
+    assert all(set(row["ratio_to_plain"]) == {"plain", "direct", "fused"} for row in rows)
+    assert len(sweep.table(axis, rows)) == 1 + len(rows)
+
+
+def test_host_time_is_told_for_the_layer_and_for_what_is_added():
+    host = host_microseconds({"direct": FuseSettings(method="direct"), "next": FuseSettings(decide="next")}, rounds=3)
+    assert set(host) == {"plain", "direct", "next"}
+    assert host["plain"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--size", "100"], ["--rank", "0"], ["--rounds", "0"], ["--threads", "0"], ["--loras", "5"], ["--loras", "0"]],
+)
 def test_impossible_sizes_are_refused(arguments, capsys):
-    pytest.importorskip("diffusers", reason="the benchmark builds its U-Net with diffusers")
     assert main(["fusion", *arguments]) == 2
     assert "must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--rank", "8"], ["--sweep", "rank"], ["--sweep", "layers"]])
+def test_the_miniature_worlds_loras_are_what_they_are(arguments, capsys):
+    assert main(["fusion", "--model", "world", *arguments]) == 2
+    assert "LoRAs of its own" in capsys.readouterr().err
+
+
+def test_without_the_miniature_world_one_sentence_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "dynfuse_world.model", None)
+    assert main(["fusion", "--model", "world", "--operations"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_counting_needs_no_weights(capsys):
+    pytest.importorskip("diffusers", reason="the benchmark builds its U-Net with diffusers")
+    assert main(["fusion", "--model", "world", "--operations", "--json"]) == 0
+    operations = json.loads(capsys.readouterr().out)["operations"]
+    assert operations["direct"]["added_per_layer"] == 2
+    assert operations["next"]["added_per_layer"] <= 4
+    assert operations["next"]["added_per_step"] <= 250

@@ -51,7 +51,7 @@ class LoraLoader:
                         change = tensors[0]
                     else:
                         up, down, alpha, _mid, _dora = tensors
-                        change = alpha / down.shape[0] * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+                        change = alpha / down.shape[0] * (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
                     merged += strength * change
                 set_parameter(self.model, key, nn.Parameter(merged, requires_grad=False))
         self.loaded_hash = wanted

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_dynfuse import FuseSettings, FusionError, Rows, fuse
 from lib_dynfuse.fusion import FusionSession, Rule
@@ -435,27 +434,6 @@ def test_a_session_outlives_a_change_of_grad_mode(model, pair):
         model(latent())
     with torch.no_grad(), session.attached():
         assert model(latent())[NAMES[0]].shape == (2, 10, WIDTH)
-
-
-class NoSynchronisation(TorchDispatchMode):
-    """Fails at an operation that would make a GPU's host thread wait, or copy a number to the device."""
-
-    forbidden = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_to_copy_from_host")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket.__name__ not in self.forbidden, f"{function} waits for the device"
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("settings", [{}, {"granularity": "token"}, {"granularity": "row", "balance": "gamma"}, {"criterion": "cosine"}])
-def test_the_forward_never_waits_for_the_device(model, pair, settings):
-    session = FusionSession(model, *pair, FuseSettings(**settings))
-    rows = Rows((0, 1, 0, 1), (True, True, False, False), 2)
-    with NoSynchronisation():
-        for _ in range(3):
-            session.begin()
-            with session.attached(rows):
-                model(latent(rows=4))
 
 
 def state_of(model):

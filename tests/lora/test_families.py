@@ -10,7 +10,6 @@ import torch
 from lib_dynfuse.lora import (
     Alias,
     Blocks,
-    LoraError,
     Part,
     Share,
     Site,
@@ -24,7 +23,24 @@ from lib_dynfuse.lora import (
     read_lora,
     write_merged,
 )
-from lib_dynfuse.lora.families import FAMILIES, FLUX, SD1, SD2, SDXL, Family, layout_of, reference_aliases, reference_layers
+from lib_dynfuse.lora.families import (
+    CHROMA,
+    FAMILIES,
+    FLUX,
+    FLUX2_DEV,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_9B,
+    LUMINA2,
+    QWEN_IMAGE,
+    SD1,
+    SD2,
+    SDXL,
+    Z_IMAGE,
+    Family,
+    layout_of,
+    reference_aliases,
+    reference_layers,
+)
 from lib_dynfuse.lora.naming import flat
 from lib_dynfuse.strength import BlockText
 
@@ -47,15 +63,32 @@ UNETS = {
     },
 }
 
+TRANSFORMERS = {
+    FLUX.name: ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    CHROMA.name: ("ChromaTransformer2DModel", {}),
+    FLUX2_KLEIN_4B.name: (
+        "Flux2Transformer2DModel",
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False},
+    ),
+    FLUX2_KLEIN_9B.name: (
+        "Flux2Transformer2DModel",
+        {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288, "guidance_embeds": False},
+    ),
+    FLUX2_DEV.name: ("Flux2Transformer2DModel", {}),
+    QWEN_IMAGE.name: ("QwenImageTransformer2DModel", {}),
+    Z_IMAGE.name: ("ZImageTransformer2DModel", {}),
+    LUMINA2.name: ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
+}
+
 
 def diffusers_layers(family: str) -> dict[str, tuple[int, ...]]:
     """Layers of diffusers' own model with the shapes of their weights, without memory for them."""
     diffusers = pytest.importorskip("diffusers")
+    name, settings = TRANSFORMERS.get(family) or ("UNet2DConditionModel", UNETS[family])
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     with torch.device("meta"):
-        if family == FLUX.name:
-            model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
-        else:
-            model = diffusers.UNet2DConditionModel(**UNETS[family])
+        model = getattr(diffusers, name)(**settings)
     return {name: tuple(m.weight.shape) for name, m in model.named_modules() if getattr(m, "weight", None) is not None}
 
 
@@ -109,19 +142,36 @@ def test_unet_names_agree_with_diffusers_converter_of_checkpoints(residuals):
         assert [alias.site.layer for alias in back[flat(old)]] == [new], old
 
 
-def test_flux_parts_agree_with_diffusers_converter_of_checkpoints():
+CONVERTERS = {
+    FLUX.name: "convert_flux_transformer_checkpoint_to_diffusers",
+    CHROMA.name: "convert_chroma_transformer_checkpoint_to_diffusers",
+    FLUX2_KLEIN_4B.name: "convert_flux2_transformer_checkpoint_to_diffusers",
+    Z_IMAGE.name: "convert_z_image_transformer_checkpoint_to_diffusers",
+    LUMINA2.name: "convert_lumina2_to_diffusers",
+}
+
+
+@pytest.mark.parametrize("family", CONVERTERS)
+def test_parts_agree_with_diffusers_converter_of_checkpoints(family):
     """Every row of every converted weight is found where the aliases of both layouts say. Weights have one column of row numbers."""
     converters = pytest.importorskip("diffusers.loaders.single_file_utils")
-    wanted = ("double_blocks.0.", "single_blocks.0.")
-    layers = {n: s for n, s in reference_layers(FLUX.name).items() if n.startswith(wanted) or "blocks." not in n}
+    if not hasattr(converters, CONVERTERS[family]):
+        pytest.skip(f"this version of diffusers has no {CONVERTERS[family]}")
+    layers = {n: s for n, s in reference_layers(family).items() if not re.match(r"(?:(?:double|single)_blocks|layers)\.[1-9]", n)}
     weights, first = {}, 0
     for name, shape in layers.items():
         weights[name] = torch.arange(first, first + shape[0])
         first += shape[0]
-    checkpoint = {f"{name}.{'scale' if 'norm.' in name else end}": w for name, w in weights.items() for end in ("weight", "bias")}
-    theirs = converters.convert_flux_transformer_checkpoint_to_diffusers(dict(checkpoint))
+    scales = family not in (Z_IMAGE.name, LUMINA2.name)
+    checkpoint = {
+        f"{name}.{'scale' if scales and 'norm' in name and end == 'weight' else end}": w
+        for name, w in weights.items()
+        for end in (("weight",) if len(layers[name]) == 1 else ("weight", "bias"))
+        if end == "weight" or ".attention.qkv" not in name
+    }
+    theirs = getattr(converters, CONVERTERS[family])(dict(checkpoint))
     theirs = {name.removesuffix(".weight"): value for name, value in theirs.items() if name.endswith(".weight")}
-    forth, back = denoiser_aliases(layers), denoiser_aliases(theirs)
+    forth, back = denoiser_aliases(layers), denoiser_aliases({name: (len(value), 1) for name, value in theirs.items()})
 
     def gathered(aliases, model, flat_name):
         """The rows that a file's layer of this name changes in the model, in the file's order."""
@@ -159,29 +209,29 @@ def test_every_alias_is_a_name_of_a_known_scheme(family):
 
 
 class Lattice(Family):
-    """A family of its own: "layers.N.attention.qkv" is fused, and diffusers splits it."""
+    """A family of its own: "cells.N.mixing.qkv" is fused, and diffusers splits it."""
 
     name = "Lattice"
     kind = "a Lattice model"
     unrecognised = "a transformer named as Lattice"
     layouts = {  # noqa: RUF012
-        "Lattice names": re.compile(r"layers_\d+_attention_(?:qkv|out)"),
-        "Lattice diffusers names": re.compile(r"layers_\d+_attention_to_(?:[qkv]|out_0)"),
+        "Lattice names": re.compile(r"cells_\d+_mixing_(?:qkv|out)"),
+        "Lattice diffusers names": re.compile(r"cells_\d+_mixing_to_(?:[qkv]|out_0)"),
     }
-    labels = ((re.compile(r"layers\.(\d+)(?:\.|$)"), "layer {}"),)
+    labels = ((re.compile(r"cells\.(\d+)(?:\.|$)"), "layer {}"),)
     flow = ("layer",)
     kohya_layout = "Lattice names"
 
     def layers(self):
         for index in range(3):
-            yield f"layers.{index}.attention.qkv", (24, 8)
-            yield f"layers.{index}.attention.out", (8, 8)
+            yield f"cells.{index}.mixing.qkv", (24, 8)
+            yield f"cells.{index}.mixing.out", (8, 8)
 
     def certainty(self, evidence):
         return 4 if evidence.layouts else 0
 
     def aliases(self, names):
-        return self.pairs(names) if any(name.startswith("layers.") and ".attention." in name for name in names) else None
+        return self.pairs(names) if any(name.startswith("cells.") for name in names) else None
 
     def pairs(self, names):
         for name in names:
@@ -195,30 +245,29 @@ class Lattice(Family):
                 yield flat(name.replace(".out", ".to_out.0")), [Alias(Site(name))]
 
     def is_attention(self, site):
-        return ".attention." in site.layer
+        return ".mixing." in site.layer
 
 
 def test_a_new_family_is_one_object_in_the_registry(tmp_path, monkeypatch):
-    """Files of both dialects are recognised, matched, labelled, weighted by block and merged; without it, they are refused."""
-    split = peft("transformer.layers.1.attention.to_k", *pair(8, 8)) | peft("transformer.layers.2.attention.to_out.0", *pair(8, 8))
-    fused = kohya("lora_unet_layers_1_attention_qkv", *pair(24, 8))
+    """Files of both dialects are recognised, matched, labelled, weighted by block and merged; without it, they are of no known one."""
+    split = peft("transformer.cells.1.mixing.to_k", *pair(8, 8)) | peft("transformer.cells.2.mixing.to_out.0", *pair(8, 8))
+    fused = kohya("lora_unet_cells_1_mixing_qkv", *pair(24, 8))
     paths = saved(tmp_path, split, "split.safetensors"), saved(tmp_path, fused, "fused.safetensors")
-    with pytest.raises(LoraError, match="another kind of model"):
-        read_lora(paths[0])
+    assert [read_lora(path).family for path in paths] == [None, None]
     monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, Lattice()))
     files = [read_lora(path) for path in paths]
     assert [(file.family, file.unmatched) for file in files] == [("Lattice", []), ("Lattice", [])]
     assert files[0].dialects == ("PEFT, Lattice diffusers names",)
     layers = reference_layers("Lattice")
-    site = Site("layers.1.attention.qkv", Part(1, 1, 3))
+    site = Site("cells.1.mixing.qkv", Part(1, 1, 3))
     assert is_attention(site)
-    assert layer_label(site) == "layer 1 layers.1.attention.qkv.1:2/3"
+    assert layer_label(site) == "layer 1 cells.1.mixing.qkv.1:2/3"
     blocks = Blocks.of_model(layers)
     assert blocks.names == ("layer0", "layer1", "layer2")
     factors = block_factors(BlockText((("layer2", "layer2", 0.0),)), blocks)
     write_merged(tmp_path / "one.safetensors", [Share(file, lambda site: factors[blocks.of(site)]) for file in files])
     merged = read_lora(tmp_path / "one.safetensors")
-    assert merged.denoiser.keys() == {"layers_1_attention_qkv"}
+    assert merged.denoiser.keys() == {"cells_1_mixing_qkv"}
     assert len(branches_by_site(merged, denoiser_aliases(layers))[0]) == 3
 
 

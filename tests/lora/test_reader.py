@@ -15,7 +15,7 @@ from lib_dynfuse.lora.families import FAMILIES, reference_layers
 
 from .writing import kohya, pair, peft, random, saved
 
-SD1, SD2, SDXL, FLUX = (family.name for family in FAMILIES)
+SD1, SD2, SDXL, FLUX = (family.name for family in FAMILIES[:4])
 ATTENTION = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
@@ -108,7 +108,7 @@ def test_metadata_is_kept_and_not_believed(tmp_path):
         (kohya(ATTENTION, *pair(6, 64)), None),  # a model of no published size: SD 1.x or 2.x
         (kohya("lora_unet_input_blocks_7_1_transformer_blocks_1_attn1_to_q", *pair(6, 64)), SDXL),  # only SDXL goes deeper than one
         (kohya("lora_unet_down_blocks_1_resnets_0_conv1", *pair(6, 4, kernel=3)), None),
-        (peft("transformer.transformer_blocks.0.attn.to_q", *pair(6, 16)), FLUX),
+        (peft("transformer.single_transformer_blocks.0.norm.linear", *pair(48, 16)), FLUX),
         (peft("transformer.transformer_blocks.0.attn.to_q", *pair(1536, 1536)), None),  # SD3
         (
             {f"{ATTENTION}.hada_{k}": random(*s) for k, s in (("w1_a", (6, 2)), ("w1_b", (2, 768)), ("w2_a", (6, 2)), ("w2_b", (2, 768)))},
@@ -191,10 +191,10 @@ def test_files_that_are_no_lora_say_what_they_are(tmp_path):
     assert "no tensors" in refusal(saved(tmp_path, {}, "nothing.safetensors"))
     torch.save([random(2)], tmp_path / "list.pt")
     assert "no named tensors" in refusal(tmp_path / "list.pt")
-    video = peft("diffusion_model.blocks.0.self_attn.q", *pair(8, 8))
-    message = refusal(saved(tmp_path, video, "video.safetensors"))
+    language = peft("base_model.model.model.layers.0.self_attn.q_proj", *pair(8, 8))
+    message = refusal(saved(tmp_path, language, "language.safetensors"))
     assert "another kind of model" in message
-    assert "blocks_0_self_attn_q" in message
+    assert "model_layers_0_self_attn_q_proj" in message
 
 
 def test_unreadable_files_say_why(tmp_path):

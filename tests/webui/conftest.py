@@ -27,6 +27,12 @@ class FakeHost:
         self.installed = None
         self.catalogue = self
 
+        self.lora_folder = folder.parent / "Lora"
+        self.lora_folder.mkdir(exist_ok=True)
+
+    def folder(self):
+        return self.lora_folder
+
     def names(self):
         return list(self.loras)
 

@@ -25,11 +25,11 @@ def trace(steps=3):
     return Trace(sites, members, weights, torch.ones(steps, 2, 1, 2), reached, reached, torch.ones(2, 2, dtype=torch.bool))
 
 
-def fusion_pass(*notes, hires=False, with_trace=True, guidance=None):
+def fusion_pass(*notes, hires=False, with_trace=True, guidance=None, recipe=None):
     """What hosts.webui.passes.FusionPass shows of a finished pass."""
     settings = FuseSettings(subject="<dog>", style="watercolor")
     seen = trace() if with_trace else None
-    return types.SimpleNamespace(trace=seen, settings=settings, notes=list(notes), hires=hires, guidance=guidance)
+    return types.SimpleNamespace(trace=seen, settings=settings, notes=list(notes), hires=hires, guidance=guidance, recipe=recipe)
 
 
 def record(steps=3):
@@ -70,6 +70,16 @@ def test_a_new_job_takes_the_old_map_away():
     results.remember("txt2img", [fusion_pass()])
     results.forget("txt2img")
     assert results.result_html("txt2img") == ""
+
+
+def test_the_last_pass_that_ran_is_what_can_be_saved():
+    results.remember(
+        "txt2img", [fusion_pass(recipe="first"), fusion_pass(hires=True, recipe="second"), fusion_pass("why", with_trace=False)]
+    )
+    assert results.recipe("txt2img") == "second"
+    assert results.recipe("img2img") is None
+    results.forget("txt2img")
+    assert results.recipe("txt2img") is None
 
 
 def test_a_job_that_was_not_fused_shows_nothing():

@@ -182,7 +182,7 @@ def test_the_result_is_refreshed_when_the_tabs_generation_info_changes(script):
         for element in ("generation_info_img2img", "generation_info_txt2img"):
             script.after_component(gr.Textbox(visible=False, elem_id=element), elem_id=element)
             handlers.append(len(demo.fns))
-    assert [count - handlers[0] for count in handlers] == [0, 0, 1]
+    assert handlers[0] == handlers[1] < handlers[2]
 
 
 def test_the_host_part_and_the_tags_network_come_and_go_with_the_ui(script_module, webui, host):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ...fusion import FusionSession, Report, Rows, Trace
 from ...guidance.encoders import Encoders, load_encoders
@@ -143,6 +143,16 @@ class FusedPipeline:
         return FusedImages(
             images, session.trace, session.report, notes + session.notes() + (record.notes if record else []), record, references
         )
+
+    @property
+    def layer_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """FusionSession.shapes of the denoiser."""
+        return self._new_session().shapes
+
+    def layer_weight(self, name: str) -> Tensor:
+        """The weight of one of the denoiser's layers, on the CPU. name: dotted."""
+        weight: Tensor = denoiser(self.pipeline).get_submodule(name).weight
+        return weight.detach().cpu()
 
     def _new_session(self) -> FusionSession:
         return FusionSession(denoiser(self.pipeline), self.subjects, self.styles, self.settings)

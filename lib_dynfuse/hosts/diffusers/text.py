@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from ...fusion import FusionError
 from ...fusion.layer_sum import LayerSum, Summand
-from ...lora import LoraFile
+from ...lora import LoraFile, text_strengths
 from ...lora.matching import SiteBranch
 from ...lora.naming import Site, flat
 from ...settings import FuseSettings
-from ..sides import text_strengths
 from ..wrapping import wrapped
 
 
@@ -22,7 +21,7 @@ class SummedTextParts:
     """All LoRAs' text-encoder parts, added up on the encoders while a prompt is encoded.
 
     dW = te_weight * (subject_weight * dW_subject + style_weight * dW_style), with a term for every LoRA of a side; the paper chooses only
-    inside the denoiser. A weight that varies with the step counts in full. layers: what is put on the encoders. notes: sentences about
+    inside the denoiser. Strengths: see text_strengths. layers: what is put on the encoders. notes: sentences about
     parts that fit no encoder.
     """
 
@@ -30,16 +29,18 @@ class SummedTextParts:
         """encoders: by their names in LoraFile.text. Raises FusionError for a part that was made for another encoder."""
         self.notes: list[str] = []
         found: dict[tuple[str, str], list[tuple[SiteBranch, float]]] = {}
-        for file, strength in zip((*subjects, *styles), text_strengths(settings, len(subjects), len(styles))):
+        for file, strengths in zip((*subjects, *styles), text_strengths(settings, subjects, styles)):
             unmatched: list[str] = []
-            for encoder, branches in file.text.items() if strength else ():
+            for encoder, branches in file.text.items():
+                if not strengths[encoder]:
+                    continue
                 layers = _layers_by_flat_name(encoders[encoder]) if encoder in encoders else {}
                 for name, branch in branches.items():
                     if name not in layers:
                         unmatched.append(f"{encoder} {name}")
                         continue
                     fitted = _fitted(SiteBranch(branch, name=name, file=file.path.name), encoders[encoder], layers[name])
-                    found.setdefault((encoder, layers[name]), []).append((fitted, strength))
+                    found.setdefault((encoder, layers[name]), []).append((fitted, strengths[encoder]))
             if unmatched:
                 self.notes.append(
                     f"{len(unmatched)} text-encoder layers of {file.name} fit no text encoder of this model (such as {unmatched[0]})."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..references import activation_texts
@@ -35,6 +36,13 @@ class Catalogue:
     def refresh(self) -> None:
         """Look for LoRA files again."""
         _networks().list_available_networks()
+
+    def folder(self) -> Path | None:
+        """Where new LoRA files go; None if the WebUI does not tell."""
+        from modules import shared
+
+        folder = getattr(getattr(shared, "cmd_opts", None), "lora_dir", None)
+        return Path(folder) if folder else None
 
     def path(self, name: str) -> str | None:
         """The file of a LoRA by file name or alias, None if the WebUI does not know it."""

@@ -7,7 +7,7 @@ made at the first denoiser call, because only then is the model that will be use
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +45,20 @@ class Request:
         return (*self.subjects, *self.styles)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What is kept of a pass for writing its LoRAs as one file: no tensor of theirs.
+
+    settings: of this pass. subjects, styles: the files as they were. shapes: FusionSession.shapes of the model, which the trace is of.
+    """
+
+    settings: FuseSettings
+    subjects: tuple[FileVersion, ...]
+    styles: tuple[FileVersion, ...]
+    trace: Trace
+    shapes: Mapping[str, tuple[int, ...] | None]
+
+
 @dataclass
 class FusionPass:
     """One pass.
@@ -69,6 +83,7 @@ class FusionPass:
     _spare: tuple[object, FusionSession] | None = field(default=None, init=False)
     _identity: object = field(default=None, init=False)
     _trace: Trace | None = field(default=None, init=False)
+    _recipe: Recipe | None = field(default=None, init=False)
     _report: Report | None = field(default=None, init=False)
     _notes: list[str] = field(default_factory=list, init=False)
     _hook: ExitStack = field(default_factory=ExitStack, init=False)
@@ -82,6 +97,13 @@ class FusionPass:
         if self._trace is None and self._session is not None:
             return self._session.trace
         return self._trace
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """For one file that does what this pass did so far; None before the first denoiser call. Of the same model as the trace."""
+        if self._recipe is None and self._session is not None and self._trace is None:
+            return self._made_recipe(self._session.trace, self._session)
+        return self._recipe
 
     @property
     def report(self) -> Report | None:
@@ -152,7 +174,15 @@ class FusionPass:
         self._spare = (self._key, session)
         if self._trace is None:
             self._trace = session.trace
+            self._recipe = self._made_recipe(self._trace, session)
         self._notes = list(dict.fromkeys([*self._notes, *session.notes()]))
+
+    def _made_recipe(self, trace: Trace, session: FusionSession) -> Recipe | None:
+        request = self.request
+        if request is None or not len(trace.weights):
+            return None
+        count = len(request.subjects)
+        return Recipe(request.settings, request.versions[:count], request.versions[count:], trace, session.shapes)
 
     def succeed(self, earlier: FusionPass) -> None:
         """Follow a pass that is over, with what it had on the device: a job's next batch mostly wants the same."""
@@ -244,4 +274,4 @@ def fused_calls(model: nn.Module, session: FusionSession, rows_of: RowLayout) ->
             model.__dict__["forward"] = own
 
 
-__all__ = ["FusionPass", "Request", "fused_calls"]
+__all__ = ["FusionPass", "Recipe", "Request", "fused_calls"]

@@ -7,13 +7,13 @@ own machinery.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...lora import LoraFile
+from ...lora import LoraFile, text_strengths
 from ...lora.branch import Branch
 from ...settings import FuseSettings
-from ..sides import text_strengths
 from .lora_files import FileVersion
 
 
@@ -50,16 +50,22 @@ def text_parts(
     settings: FuseSettings, subjects: Sequence[LoraFile], styles: Sequence[LoraFile], versions: Sequence[FileVersion]
 ) -> TextParts | None:
     """The parts of all LoRAs; None if there is nothing to merge. versions: of the subjects, then of the styles."""
-    files = (*subjects, *styles)
-    strengths = text_strengths(settings, len(subjects), len(styles))
-    parts = tuple(
-        TextPart(file.name, file.text, strength) for file, strength in zip(files, strengths) if strength != 0.0 and any(file.text.values())
-    )
+    strengths = text_strengths(settings, subjects, styles)
+    parts = tuple(itertools.chain.from_iterable(map(_parts, (*subjects, *styles), strengths)))
     if not parts:
         return None
     contents = repr(list(zip(versions, strengths)))
     digest = hashlib.sha256(contents.encode()).hexdigest()[:12]
-    return TextParts(f"DynFuse text encoders of {' and '.join(part.name for part in parts)} ({digest})", parts)
+    return TextParts(f"DynFuse text encoders of {' and '.join(dict.fromkeys(part.name for part in parts))} ({digest})", parts)
+
+
+def _parts(file: LoraFile, strengths: Mapping[str, float]) -> Iterator[TextPart]:
+    """One for the encoders that share a strength."""
+    for strength in dict.fromkeys(strengths[encoder] for encoder, layers in file.text.items() if layers):
+        if strength:
+            yield TextPart(
+                file.name, {encoder: layers for encoder, layers in file.text.items() if strengths[encoder] == strength}, strength
+            )
 
 
 __all__ = ["TextPart", "TextParts", "text_parts"]

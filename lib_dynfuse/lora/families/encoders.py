@@ -23,5 +23,10 @@ T5 = Encoder(
     ),
     re.compile(r"encoder_(?:block_\d+_layer_[01]|final)_layer_norm"),
 )
+GEMMA2 = Encoder(
+    "Gemma 2",
+    re.compile(r"(?:model_)?layers_\d+_(?:self_attn_[qkvo]_proj|mlp_(?:gate|up|down)_proj)"),
+    re.compile(r"(?:model_)?(?:layers_\d+_(?:(?:input|post_attention)_layernorm|(?:pre|post)_feedforward_layernorm)|norm)"),
+)
 
-__all__ = ["CLIP_G", "CLIP_H", "CLIP_L", "T5"]
+__all__ = ["CLIP_G", "CLIP_H", "CLIP_L", "GEMMA2", "T5"]

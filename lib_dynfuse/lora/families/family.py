@@ -14,6 +14,8 @@ from typing import Any
 from ..naming import Alias, Part, Site, flat
 
 Shape = tuple[int, ...]
+Layers = Mapping[str, Shape | None]
+"""A model's dotted layer names, with the shapes of their weights where known."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,19 @@ class Encoder:
 class Evidence:
     """What a LoRA file shows of the base model that it was made for.
 
-    layouts: the schemes its denoiser layers are named in; shapes: flat layer name -> shape of the weight, where known;
-    text: its text encoders ("te1", "te2", "t5") and their widths, None where unknown. Metadata is no evidence: A1111's rule takes
-    any file with metadata that is not marked SDXL or SD 2.x for SD 1.x.
+    layouts: the schemes its denoiser layers are named in; shapes: flat layer name -> shape of the weight, None where unknown, of all
+    layers that lie in a module of a known family; text: its text encoders ("te1", "te2", "t5") and their widths, None where unknown.
+    Metadata is no evidence, as A1111's rule takes any file with metadata that is not marked SDXL or SD 2.x for SD 1.x: it only decides
+    between families that fit alike.
     """
 
     layouts: frozenset[str]
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, Shape | None]
     text: Mapping[str, int | None]
 
     def input_widths(self, endings: tuple[str, ...]) -> list[int]:
         """Input widths of the layers whose flat names end so."""
-        return [shape[1] for name, shape in self.shapes.items() if name.endswith(endings) and len(shape) > 1]
+        return [shape[1] for name, shape in self.shapes.items() if shape is not None and name.endswith(endings) and len(shape) > 1]
 
 
 _NOTHING = re.compile(r"(?!)")
@@ -53,6 +56,8 @@ class Family(ABC):
     name: "SDXL"; it is LoraFile.family. kind, unrecognised: for sentences about files of one of the families that share its layouts.
     layouts: scheme -> the flat names that it may give to the denoiser's layers, whatever the model's size. The published model
     (`layers`) serves reports and recognition; whether a LoRA fits a model at hand is decided by that model's own layers.
+    within: flat names of all that lies in a module of this family, layers that it does not have included.
+    relatives: names of families whose LoRAs are used on this one's models as well.
     labels: beginning of a dotted layer name -> label of its block: "in 4", "mid".
     flow: the kinds of its blocks ("in", "mid") in the order in which data meets them; blocks of one kind are numbered in that order.
     kohya_layout: the layout in which sd-scripts names the layers. kernels, norms: flat names of the 3 x 3 convolutions and of the
@@ -70,6 +75,8 @@ class Family(ABC):
     labels: tuple[tuple[re.Pattern[str], str], ...]
     flow: tuple[str, ...]
     kohya_layout: str
+    within: re.Pattern[str] = _NOTHING
+    relatives: frozenset[str] = frozenset()
     kernels: re.Pattern[str] = _NOTHING
     norms: re.Pattern[str] = _NOTHING
     variable_inputs: frozenset[str] = frozenset()
@@ -93,16 +100,24 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def aliases(self, names: Sequence[str]) -> Iterator[tuple[str, list[Alias]]] | None:
+    def aliases(self, layers: Layers) -> Iterator[tuple[str, list[Alias]]] | None:
         """Every flat name under which a dialect may name a layer of a model, with the sites it denotes.
 
-        names: the model's dotted layer names; None if they are not in a scheme of this family. Works from the structure that the
-        names show, so that a model of another size is served too.
+        None if the layers are not in a scheme of this family. Works from the structure that the names show, so that a model of another
+        size is served too.
         """
 
     @abstractmethod
     def is_attention(self, site: Site) -> bool:
         """Whether the site is a query, key, value or output projection of an attention, in any scheme of the family."""
+
+    def named_in(self, metadata: Mapping[str, str]) -> bool:
+        """Whether a file's metadata names this family."""
+        return False
+
+    def names(self, layer: str) -> bool:
+        """Whether a scheme of this family may give a layer this flat name."""
+        return any(pattern.fullmatch(layer) for pattern in self.layouts.values())
 
     def authors_names(self, names: Sequence[str]) -> Mapping[str, str]:
         """A model's dotted layer names -> the same in the scheme whose blocks are counted; containers of layers may be left out."""
@@ -113,7 +128,7 @@ class Family(ABC):
 
         names: the model's dotted layer names; None if they are not in a scheme of this family. Layers outside of all blocks are left out.
         """
-        if self.aliases(names) is None:
+        if self.aliases(dict.fromkeys(names)) is None:
             return None
         labels = {name: self.block_label(Site(author)) for name, author in self.authors_names(names).items()}
         return {name: label.replace(" ", "") for name, label in labels.items() if label is not None}
@@ -138,7 +153,7 @@ class Family(ABC):
 
 def either(paths: Iterable[str]) -> str:
     """A pattern of these paths as flat names."""
-    return "(?:" + "|".join(flat(path) for path in paths) + ")"
+    return "(?:" + "|".join(re.escape(flat(path)) for path in paths) + ")"
 
 
 def part_label(part: Part | None) -> str:
@@ -146,4 +161,4 @@ def part_label(part: Part | None) -> str:
     return "" if part is None else f"{part.start}:{part.start + part.length}/{part.units}"
 
 
-__all__ = ["Encoder", "Evidence", "Family", "Shape", "either", "part_label"]
+__all__ = ["Encoder", "Evidence", "Family", "Layers", "Shape", "either", "part_label"]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..naming import Alias, Site, flat
-from .family import Evidence, Family, Shape, either
+from .family import Evidence, Family, Layers, Shape, either
 
 # The two halves of a U-Net's names that differ between the schemes; everything inside an attention block is the same in both.
 _RESIDUAL = {
@@ -92,7 +92,8 @@ class UNet(Family):
         """`certainty` of a file whose cross-attention does not have this family's width."""
         return 0
 
-    def aliases(self, names: Sequence[str]) -> Iterator[tuple[str, list[Alias]]] | None:
+    def aliases(self, layers: Layers) -> Iterator[tuple[str, list[Alias]]] | None:
+        names = list(layers)
         scheme = _scheme(names)
         return None if scheme is None else _renamed(names, ldm_to_diffusers(names) if scheme == "LDM" else diffusers_to_ldm(names))
 

@@ -54,6 +54,20 @@ def needs_exact_merge(case):
         pytest.skip("the WebUI rounds a merge on this base, so there is nothing exact to compare with")
 
 
+class TestRowsApart:
+    """One image, one answer: whether the WebUI runs a step's rows in one call or in several."""
+
+    @pytest.mark.parametrize("decide", ["next", "now"])
+    @pytest.mark.parametrize("images", [1, 2, 3])
+    @pytest.mark.parametrize("prompt", ["a cat", "a cat AND a dog", "a cat AND a dog AND a house"])
+    def test_the_picture_is_the_same(self, case, rows_apart, prompt, images, decide):
+        job = {"prompt": f"{prompt} {case.tag_with(f'decide={decide}')}", "batch_size": images}
+        together = case.pixels(**job)
+        with rows_apart as settings:
+            apart = case.pixels(**job, **settings)
+        assert difference(apart, together) <= ROUNDING
+
+
 class TestFusion:
     def test_fused_differs_from_plain_and_from_the_sum(self, plain, fused, merged):
         assert difference(fused, plain) > 20

@@ -8,6 +8,7 @@ docs/development.md says how to set one up. The names of checkpoints and LoRAs c
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 
 import pytest
 
@@ -67,6 +68,18 @@ def option(case):
 
     yield set_option
     case.webui.options(**{name: before[name] for name in changed})
+
+
+@pytest.fixture
+def rows_apart(option):
+    """A context in which A1111 makes a call for each prompt of each image, and for each negative prompt."""
+
+    @contextmanager
+    def apart():
+        option("batch_cond_uncond", False)
+        yield {}
+
+    return apart()
 
 
 class TestRowsOfA1111:

@@ -38,7 +38,7 @@ def parts(*encoders, strengths=(0.7, 1.3)):
 
 class TestWhatIsMerged:
     def files(self, *texts):
-        return [(types.SimpleNamespace(name=f"file{i}", text=t),) for i, t in enumerate(texts)]
+        return [(types.SimpleNamespace(name=f"file{i}", text=t, family="Flux"),) for i, t in enumerate(texts)]
 
     def versions(self, time=1):
         return [FileVersion("a", time, 1), FileVersion("b", 1, 1)]
@@ -50,6 +50,13 @@ class TestWhatIsMerged:
             self.versions(),
         )
         assert [part.strength for part in made.parts] == [0.25, 1.0]
+
+    def test_block_weights_count_for_each_encoder(self):
+        text = {"te1": {Q: low_rank(0)}, "t5": {Q: low_rank(1)}}
+        made = text_parts(
+            FuseSettings("a", "b", 0.5, subject_blocks="base=0.5,t5=3", style_blocks="base=0"), *self.files(text, text), self.versions()
+        )
+        assert [(list(part.encoders), part.strength) for part in made.parts] == [(["te1"], 0.25), (["t5"], 1.5), (["t5"], 1.0)]
 
     def test_nothing_without_text_parts_or_without_weight(self):
         with_text = self.files({"te1": {Q: low_rank(0)}}, {})

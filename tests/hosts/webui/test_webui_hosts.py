@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from lib_dynfuse.webui import results, saving
 from tests.fakes.models import UNet, write_lora
 from tests.fakes.webui import HOOKS, Processing
 
@@ -30,6 +32,59 @@ def plain(pristine):
 def close(one, other):
     """Equal but for the rounding of another order of sums, which the steps amplify."""
     return one.shape == other.shape and bool((one - other).abs().max() < 1e-3 * other.abs().max())
+
+
+class TestSaving:
+    """What is kept of a job writes one file, which makes the job's picture again."""
+
+    @pytest.fixture
+    def saved(self, webui, tmp_path):
+        def save(prompt, **settings):
+            # The script's hook comes while the job still has its session.
+            keep = {"postprocess": lambda p, processed: results.remember("txt2img", webui.host.passes(p))}
+            p = webui.process(Processing(prompt, callbacks=keep, **settings)).p
+            webui.shared.cmd_opts = types.SimpleNamespace(lora_dir=str(tmp_path))
+            said = saving.save(results.recipe("txt2img"), "both", 0, webui.host.catalogue)
+            assert "Saved as" in said, said
+            webui.files["both"] = str(tmp_path / "both.safetensors")
+            webui.networks.list_available_networks()
+            return p
+
+        return save
+
+    def test_a_sum(self, webui, saved):
+        direct = webui.run("a cat <dynfuse:dog:watercolor:0.7:0.6:te_weight=0.5:method=direct>")
+        saved("a cat <dynfuse:dog:watercolor:0.7:0.6:te_weight=0.5:method=direct>")
+        assert near(webui.run("a cat <dynfuse:both:sharp:1:0:method=direct>"), direct)
+        assert not near(webui.run("a cat"), direct)
+
+    def test_the_weights_of_the_hires_pass_are_the_hires_passs(self, webui, saved):
+        p = saved("a cat <dynfuse:dog:watercolor:0.7:0.6:hr=0.2/0.3:method=direct>", enable_hr=True)
+        first, second = (done.recipe.settings for done in webui.host.passes(p))
+        assert (first.subject_weight, first.style_weight) == (0.7, 0.6)
+        assert (second.subject_weight, second.style_weight) == (0.2, 0.3)
+        assert near(
+            webui.run("a cat <dynfuse:both:sharp:1:0:method=direct>"), webui.run("a cat <dynfuse:dog:watercolor:0.2:0.3:method=direct>")
+        )
+
+    def test_a_selection_is_its_mean(self, webui, saved):
+        p = saved(f"a cat {TAG}", batch_size=2)
+        with open(webui.files["both"], "rb") as file:
+            assert b"means over 3 steps and 2 images" in file.read(1 << 20)
+        assert webui.host.last_pass(p).request is None, "the LoRAs are let go"
+
+    def test_a_plain_job_leaves_nothing_to_save(self, webui):
+        assert webui.host.last_pass(webui.process(Processing("a cat")).p) is None
+
+    def test_a_job_stopped_before_its_first_step_leaves_nothing_to_save(self, webui):
+        webui.interrupt_at = 0
+        last = webui.host.last_pass(webui.process(Processing(f"a cat {TAG}")).p)
+        assert last is None or last.recipe is None
+
+
+def near(one, other):
+    """Equal but for float16, in which the file is written."""
+    return one.shape == other.shape and bool((one - other).abs().max() < 1e-2 * other.abs().max())
 
 
 class TestFusion:

@@ -5,6 +5,7 @@ callback:NAME   an exception in that cfg callback
 layer:POSITION  an exception inside the denoiser, after the layer at that fraction (0 to 1) of its layers
 denoiser        an exception in the denoiser's call
 interrupt:STEP, skip:STEP    as the buttons, at that step
+short           memory is short in Forge: every stretch of rows gets a model call of its own, the negative prompt's first
 
 Also tells what is on the model and in memory, and what became of the last job's guidance.
 """
@@ -70,12 +71,34 @@ class Faults(scripts.Script):
         return [gr.Textbox(value="", visible=False)]
 
 
+class ShortOfMemory:
+    """Forge's memory_management, which has none to spare."""
+
+    def __init__(self, real):
+        self.real = real
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def get_free_memory(self, *args, **kwargs):
+        return 0
+
+
+def memory(short):
+    from backend.sampling import sampling_function
+
+    real = getattr(sampling_function.memory_management, "real", sampling_function.memory_management)
+    sampling_function.memory_management = ShortOfMemory(real) if short else real
+
+
 def hook_method(name):
     def method(self, p, *args, **kwargs):
         global wanted
         if name == "before_process":
             wanted = next((a for a in args if isinstance(a, str)), "")
         kind, _, detail = wanted.partition(":")
+        if kind == "short" and name in ("process_before_every_sampling", "postprocess"):
+            memory(name != "postprocess")
         if name == "postprocess":
             last[:] = [told(done) for done in dynfuse().passes(p)]
         if kind == "hook" and detail == name:
