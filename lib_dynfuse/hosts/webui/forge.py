@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -267,6 +266,10 @@ def text_patches(
     -> the patch; None: Forge's.
     """
     form = form or _patch
+
+    def later(key: str) -> Callable[[], Tensor]:
+        return lambda: weight(key)
+
     by_layer = {}
     for key in names:
         encoder, _, path = key.partition(".transformer.")
@@ -280,10 +283,10 @@ def text_patches(
             unmatched.append(f"{encoder} {layer}")
             continue
         key = found[0]
-        patches[key] = form(branch, functools.partial(weight, key))
+        patches[key] = form(branch, later(key))
         bias_key = key[: -len("weight")] + "bias"
         if branch.bias is not None and bias_key in names:
-            patches[bias_key] = form(Dense(branch.bias.float()), functools.partial(names.__getitem__, bias_key))
+            patches[bias_key] = form(Dense(branch.bias.float()), later(bias_key))
     return patches, unmatched
 
 
