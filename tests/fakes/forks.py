@@ -14,7 +14,7 @@ from torch import nn
 
 from . import forge
 from .forge import FakeForge, clip_keys, set_parameter, unet_keys
-from .webui import SCALE, decoder
+from .webui import SCALE, StableDiffusionProcessingTxt2Img, decoder
 
 
 class LoRAAdapter:
@@ -229,6 +229,13 @@ LdmUnetPatcher = flat(ModelPatcher, UnetPatcher, WithoutFiles)
 LdmCLIP = flat(CLIP, WithoutFilesInCLIP)
 
 
+class ScriptRunner:
+    """modules/scripts.py, before any script is in it."""
+
+    def __init__(self):
+        self.alwayson_scripts = []
+
+
 class EPS:
     """A kind of ldm_patched.modules.model_sampling."""
 
@@ -248,6 +255,7 @@ class FakeReForge(FakeNeo):
         unet, encoders, clip = self.patchers
         self.module("modules_forge.forge_loader", ForgeSD=ForgeSD)
         self.module("modules_forge.forge_sampler")
+        self.module("modules.scripts", ScriptRunner=ScriptRunner)
         self.module("modules_forge.unet_patcher", UnetPatcher=unet)
         self.module("ldm_patched.modules.model_patcher", ModelPatcher=encoders)
         self.module("ldm_patched.modules.sd", CLIP=clip)
@@ -257,6 +265,11 @@ class FakeReForge(FakeNeo):
         # A1111's functions of the Lora extension, which do nothing here (extensions-builtin/Lora/networks.py:28).
         self.networks.assign_network_names_to_compvis_modules = lambda sd_model: None
         self.networks.network_apply_weights = lambda self: None
+
+    def process_images_inner(self, p):
+        if isinstance(p, StableDiffusionProcessingTxt2Img):
+            assert p.scripts.alwayson_scripts == []  # it is looked into (processing.py:1065)
+        return super().process_images_inner(p)
 
     def prepared(self, model):
         model.model_sampling, model.latent_format = EPS(), types.SimpleNamespace(scale_factor=SCALE)
@@ -315,6 +328,9 @@ def adapted(patch):
 
 class FakeClassic(FakeReForge):
     """The same on an older ComfyUI."""
+
+    def process_images_inner(self, p):
+        return FakeNeo.process_images_inner(self, p)
 
     patchers = (OldUnetPatcher, OldPatcher, LdmCLIP)
 

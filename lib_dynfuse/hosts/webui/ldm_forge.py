@@ -89,6 +89,15 @@ class ReForgeTextEncoders(PatcherTextEncoders):
         return adapter
 
 
+class ReForgeCheckpoints(Checkpoints):
+    """A job without scripts has a runner of none: processing.py:1065 looks for one among them."""
+
+    def prepare(self, job: Any) -> None:
+        from modules.scripts import ScriptRunner
+
+        job.scripts = ScriptRunner()
+
+
 class ClassicTextEncoders(PatcherTextEncoders):
     """Tuples (model_patcher.py:271)."""
 
@@ -121,8 +130,8 @@ REFORGE = Roles(
     ReForgeDenoisers(),
     LdmSamplers(),
     ReForgeTextEncoders(),
-    Checkpoints(),
-    (*_NEEDS, Call("ldm_patched.modules.weight_adapter", "LoRAAdapter", 2)),
+    ReForgeCheckpoints(),
+    (*_NEEDS, Call("ldm_patched.modules.weight_adapter", "LoRAAdapter", 2), Call("modules.scripts", "ScriptRunner")),
 )
 
 CLASSIC = Roles(

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class ReferenceMaker:
     """Makes the references of one job.
 
     p: the WebUI's processing object of the job. tags: every other extra network of its prompt, as it is written there.
-    more: arguments of the WebUI's processing objects that only it has. hashes: of the pair, by side.
+    more: arguments of the WebUI's processing objects that only it has. prepare: see roles.Checkpoints. hashes: of the pair, by side.
     """
 
     p: Any
@@ -81,6 +81,7 @@ class ReferenceMaker:
     tags: str
     tags_identity: str
     more: Mapping[str, Any]
+    prepare: Callable[[Any], None]
 
     def references(self) -> list[Reference]:
         """The references that count, the subject's first. Raises SettingsError (a given picture), ReferenceFailed or Interrupted."""
@@ -170,6 +171,7 @@ class ReferenceMaker:
         )
         # Conditionings of its own: those of the class are shared by all jobs.
         job.cached_c, job.cached_uc = [None, None], [None, None]
+        self.prepare(job)
         job.dynfuse_settings = alone(self.settings, side)
         return job
 

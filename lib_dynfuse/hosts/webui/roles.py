@@ -123,6 +123,9 @@ class Checkpoints:
         """Arguments of a reference's job, StableDiffusionProcessingTxt2Img, that only this WebUI has."""
         return {}
 
+    def prepare(self, job: Any) -> None:
+        """Give a reference's job what this WebUI asks of it beside its arguments."""
+
     def identity(self, p: Any) -> BaseIdentity:
         """What tells the checkpoint and the VAE apart from others."""
         from modules import sd_vae, shared
