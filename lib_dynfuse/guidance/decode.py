@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -120,6 +122,7 @@ class ZeroToOne(nn.Module):
         return self.decoder(latent) * 2 - 1
 
 
+_CONTEXTS = "torch.utils._contextlib"  # where the functions of @torch.inference_mode() are made
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -127,8 +130,9 @@ def private_copy(module: AnyModule, dtype: torch.dtype, device: torch.device | s
     """A copy of a host's decoder that autograd can go through, in that dtype and on that device, in evaluation mode.
 
     Its parameters and buffers are normal tensors without gradient that share nothing with the host's, whatever those are (inference
-    tensors as on Forge, another dtype, another device); the host's hooks, which move weights about, are left out. The host's module
-    is not touched. Weights are copied one by one: no second copy in the host's dtype comes to be.
+    tensors as on Forge, another dtype, another device); the host's hooks, which move weights about, are left out, and so are inference
+    modes around its forwards (Forge Neo, backend/nn/vae.py:48). The host's module is not touched. Weights are copied one by one: no second
+    copy in the host's dtype comes to be.
     """
     memo: dict[int, Any] = {}
     with torch.inference_mode(False), torch.no_grad():
@@ -149,6 +153,9 @@ def private_copy(module: AnyModule, dtype: torch.dtype, device: torch.device | s
             if "_hf_hook" in vars(part):
                 for name in ("_hf_hook", "_old_forward", "forward"):
                     vars(part).pop(name, None)
+            forward = type(part).forward
+            if getattr(forward, "__globals__", {}).get("__name__") == _CONTEXTS and "forward" not in vars(part):
+                vars(part)["forward"] = types.MethodType(inspect.unwrap(forward), part)
     return twin.eval()
 
 

@@ -36,7 +36,11 @@ def register() -> None:
             256, "Room for reference pictures (MB)", gr.Slider, {"minimum": 16, "maximum": 4096, "step": 16}
         ).info("the least recently used ones are removed first"),
     }
-    shared.options_templates.update(shared.options_section(("dynfuse", "DynFuse"), options))
+    # options_templates is copied when the settings page is first made (modules/options.py, reorder): what an extension adds with "Apply
+    # and restart UI" must be told to the options themselves.
+    for key, info in shared.options_section(("dynfuse", "DynFuse"), options).items():
+        shared.options_templates[key] = info
+        shared.opts.add_option(key, info)
 
 
 def saves_map() -> bool:

@@ -270,13 +270,15 @@ class CFGDenoiser(nn.Module):
         if self.switched(common, x, sigma):
             cond, uncond = (self.sampler.sampler_extra_args[key] for key in ("cond", "uncond"))
         self.p.hook("cfg_denoiser")
-        sampling_function = self.webui.modules["modules.sd_samplers_cfg_denoiser"].sampling_function
-        denoised = sampling_function(self, types.SimpleNamespace(x=x, sigma=sigma, text_cond=cond, text_uncond=uncond), cond_scale, None)
+        denoised = self.sampled(types.SimpleNamespace(x=x, sigma=sigma, text_cond=cond, text_uncond=uncond), cond_scale)
         self.sampler.last_latent = denoised
         common.store_latent(denoised)
         self.p.hook("cfg_after_cfg")
         self.step += 1
         return denoised
+
+    def sampled(self, params, cond_scale):
+        return self.webui.modules["modules.sd_samplers_cfg_denoiser"].sampling_function(self, params, cond_scale, None)
 
     def switched(self, common, x, sigma):
         return common.apply_refiner(self, x)

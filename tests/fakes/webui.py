@@ -264,7 +264,10 @@ class FakeWebUI:
         # What an ExtraNetwork's activate raises is printed, and the job goes on (extra_networks.py:118).
         with contextlib.suppress(Exception):
             strengths = [float(x.positional[1]) if len(x.positional) > 1 else 1.0 for x in params]
-            self.networks.load_networks([x.positional[0] for x in params], strengths, strengths, [None] * len(params))
+            self.call_load_networks([x.positional[0] for x in params], strengths)
+
+    def call_load_networks(self, names, strengths):
+        self.networks.load_networks(names, strengths, strengths, [None] * len(names))
 
     # processing
 

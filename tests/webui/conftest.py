@@ -88,6 +88,13 @@ class OptionInfo:
         return self
 
 
+class Options:
+    """modules/options.py."""
+
+    def add_option(self, key, info):
+        setattr(self, key, info.default)
+
+
 # gradio 4 writes a .pyi beside the file of every component class; Forge switches that off as well (modules/gradio_extensions.py).
 with contextlib.suppress(ImportError):
     importlib.import_module("gradio.component_meta").create_or_modify_pyi = lambda *arguments: None
@@ -130,7 +137,7 @@ class Kind(enum.Enum):
 @pytest.fixture(params=list(Kind), ids=lambda kind: kind.value)
 def webui(request, monkeypatch):
     """The host's modules, with callbacks and extra networks recorded; InputAccordion as a class and as a function."""
-    recorded = types.SimpleNamespace(callbacks={}, networks={}, options={}, errors=[], opts=types.SimpleNamespace())
+    recorded = types.SimpleNamespace(callbacks={}, networks={}, options={}, errors=[], opts=Options())
 
     def callback(name):
         return lambda function: recorded.callbacks.__setitem__(name, function)

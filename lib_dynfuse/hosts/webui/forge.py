@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...fusion import Rows
 from ...guidance.correction import Kind
 from ...guidance.decode import decoding_half
-from ...lora.branch import Branch, LowRank, bound
+from ...lora.branch import Branch, Dense, LowRank, bound
 from ..wrapping import wrapped
 from .capabilities import Call, Value
 from .forge_autograd import graph_through_inference_tensors
@@ -34,19 +34,19 @@ class ForgeDenoisers(Denoisers):
 
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
         refuse_replaced_denoiser()
-        return _unet(cfg_denoiser).model.diffusion_model
+        return unet_of(cfg_denoiser).model.diffusion_model
 
     def identity(self, cfg_denoiser: Any) -> object:
-        return id(_unet(cfg_denoiser).model.diffusion_model)
+        return id(unet_of(cfg_denoiser).model.diffusion_model)
 
     def merged_loras(self, cfg_denoiser: Any) -> object:
-        return tuple(_unet(cfg_denoiser).lora_patches)
+        return tuple(unet_of(cfg_denoiser).lora_patches)
 
     def weight_of(self, layer: nn.Module) -> Tensor:
         from backend.operations import get_weight_and_bias
 
         # Online patches (fp8 and GGUF bases) and fp8's scale are applied in there; float32, because fp8 cannot be computed with.
-        weight, _ = get_weight_and_bias(layer, weight_args={"dtype": torch.float32}, weight_fn=_dequantised)
+        weight, _ = get_weight_and_bias(layer, weight_args={"dtype": torch.float32}, weight_fn=dequantised)
         return weight
 
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
@@ -82,7 +82,7 @@ class ForgeSamplers(Samplers):
         if not self.works_on_eps(cfg_denoiser):
             return values
         # Timesteps, rounded as Forge rounds them (sd_samplers_cfg_denoiser.py:164).
-        alphas = _engine(cfg_denoiser).alphas_cumprod.to(values.device)
+        alphas = engine_of(cfg_denoiser).alphas_cumprod.to(values.device)
         levels = ((1.0 - alphas) / alphas) ** 0.5
         return levels[values.round().long().clip(0, len(levels) - 1)]
 
@@ -106,7 +106,7 @@ class ForgeSamplers(Samplers):
         return isinstance(_predictor(cfg_denoiser), PredictionFlux)
 
     def vae(self, cfg_denoiser: Any) -> HostVae:
-        patcher = _engine(cfg_denoiser).forge_objects.vae
+        patcher = engine_of(cfg_denoiser).forge_objects.vae
         model = patcher.first_stage_model
         decoder = decoding_half(model.post_quant_conv, model.decoder)  # as IntegratedAutoencoderKL.decode, backend/nn/vae.py:304
         return HostVae(decoder, scale=model.scaling_factor, shift=model.shift_factor, dtype=patcher.vae_dtype, identity=id(model))
@@ -131,7 +131,7 @@ class ForgeTextEncoders(TextEncoders):
     """The parts are patches of the text encoders, under names of our own."""
 
     def add(self, text: TextParts) -> list[str]:
-        model = _model()
+        model = current_model()
         if model is None:
             return []
         clip = model.forge_objects_after_applying_lora.clip.clone()
@@ -149,12 +149,12 @@ class ForgeTextEncoders(TextEncoders):
                 )
         # Not by way of current_lora_hash: the other LoRAs' patches stay, and a plain load finds the store as it left it. Tags are
         # sometimes activated with no reset of forge_objects after it (processing.py:1585, hires), so both places are set.
-        for objects in _objects(model):
+        for objects in objects_in_use(model):
             objects.clip = clip
         return unmatched
 
     def remove(self) -> None:
-        for objects in _objects(_model()):
+        for objects in objects_in_use(current_model()):
             if any(_is_ours(key) for key in objects.clip.patcher.lora_patches):
                 objects.clip = objects.clip.clone()
                 patcher = objects.clip.patcher
@@ -163,7 +163,7 @@ class ForgeTextEncoders(TextEncoders):
     @staticmethod
     def _text_weight(clip: Any, parameter: Tensor, key: str) -> Tensor:
         """The weight before any LoRA: a merge of the last job may still be in the parameter (backend/patcher/lora.py:300)."""
-        return _dequantised(clip.patcher.lora_loader.backup.get(key, parameter))
+        return dequantised(clip.patcher.lora_loader.backup.get(key, parameter))
 
 
 class ForgeCheckpoints(Checkpoints):
@@ -203,19 +203,22 @@ NEEDS = (
 FORGE = Roles("Forge", ForgeDenoisers(), ForgeSamplers(), ForgeTextEncoders(), ForgeCheckpoints(), NEEDS)
 
 
-def _engine(cfg_denoiser: Any) -> Any:
+def engine_of(cfg_denoiser: Any) -> Any:
+    """The diffusion engine that a CFGDenoiser calls."""
     return cfg_denoiser.inner_model.inner_model
 
 
-def _unet(cfg_denoiser: Any) -> Any:
-    return _engine(cfg_denoiser).forge_objects.unet
+def unet_of(cfg_denoiser: Any) -> Any:
+    """The patcher of the denoiser that a CFGDenoiser calls."""
+    return engine_of(cfg_denoiser).forge_objects.unet
 
 
 def _predictor(cfg_denoiser: Any) -> Any:
-    return _unet(cfg_denoiser).model.predictor
+    return unet_of(cfg_denoiser).model.predictor
 
 
-def _model() -> Any:
+def current_model() -> Any:
+    """The loaded engine; None if there is none, or something else is in its place."""
     from modules import sd_models
 
     model = sd_models.model_data.get_sd_model()
@@ -254,17 +257,25 @@ def rows_of_call(rows: int, images: int, options: Mapping[str, Any]) -> Rows:
     return Rows(image_of_row, tuple(entry == CONDITIONAL for entry in entries for _ in range(images)) * tiles, images)
 
 
-def text_patches(part: TextPart, names: Mapping[str, Tensor], weight: Any) -> tuple[dict[str, tuple[str, tuple[Any, ...]]], list[str]]:
+def text_patches(
+    part: TextPart, names: Mapping[str, Tensor], weight: Any, form: Callable[[Branch, Callable[[], Tensor]], Any] | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """Patches as ModelPatcher.add_patches takes them, by parameter name, and the layers that this model does not have.
 
-    names: the text encoders' parameters. weight: parameter name -> the layer's weight, dequantised.
+    names: the text encoders' parameters. weight: parameter name -> the layer's weight, dequantised. form: (branch, its layer's weight)
+    -> the patch; None: Forge's.
     """
+    form = form or _patch
+
+    def later(key: str) -> Callable[[], Tensor]:
+        return lambda: weight(key)
+
     by_layer = {}
     for key in names:
         encoder, _, path = key.partition(".transformer.")
         if path.endswith(".weight"):
             by_layer[encoder, path[: -len(".weight")].replace(".", "_")] = key
-    patches: dict[str, tuple[str, tuple[Any, ...]]] = {}
+    patches: dict[str, Any] = {}
     unmatched: list[str] = []
     for encoder, layer, branch in part.branches():
         found = [by_layer[name, layer] for name in ENCODERS.get(encoder, ()) if (name, layer) in by_layer]
@@ -272,10 +283,10 @@ def text_patches(part: TextPart, names: Mapping[str, Tensor], weight: Any) -> tu
             unmatched.append(f"{encoder} {layer}")
             continue
         key = found[0]
-        patches[key] = _patch(branch, lambda key=key: weight(key))
+        patches[key] = form(branch, later(key))
         bias_key = key[: -len("weight")] + "bias"
         if branch.bias is not None and bias_key in names:
-            patches[bias_key] = ("diff", (branch.bias.float(),))
+            patches[bias_key] = form(Dense(branch.bias.float()), later(bias_key))
     return patches, unmatched
 
 
@@ -293,7 +304,7 @@ def _is_ours(key: tuple[Any, ...]) -> bool:
     return str(key[0]).startswith(PATCH_PREFIX)
 
 
-def _objects(model: Any) -> list[Any]:
+def objects_in_use(model: Any) -> list[Any]:
     """Where Forge keeps the patchers in use: of this sampling, and of the samplings to come."""
     places = ("forge_objects", "forge_objects_after_applying_lora")
     return [objects for objects in (getattr(model, place, None) for place in places) if objects is not None]
@@ -307,7 +318,7 @@ def _merges_online(model: Any) -> bool:
     return bool(dynamic_args.get("online_lora", False)) and not plain
 
 
-def _dequantised(weight: Tensor) -> Tensor:
+def dequantised(weight: Tensor) -> Tensor:
     """A parameter's values: GGUF and bitsandbytes parameters hold packed blocks."""
     quantisation = getattr(weight, "gguf_cls", None)
     if quantisation is not None:
@@ -324,4 +335,17 @@ def _dequantised(weight: Tensor) -> Tensor:
     return weight
 
 
-__all__ = ["FORGE", "ForgeCheckpoints", "ForgeDenoisers", "ForgeSamplers", "ForgeTextEncoders", "rows_of_call", "text_patches"]
+__all__ = [
+    "FORGE",
+    "ForgeCheckpoints",
+    "ForgeDenoisers",
+    "ForgeSamplers",
+    "ForgeTextEncoders",
+    "current_model",
+    "dequantised",
+    "engine_of",
+    "objects_in_use",
+    "rows_of_call",
+    "text_patches",
+    "unet_of",
+]

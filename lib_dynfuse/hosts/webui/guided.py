@@ -22,7 +22,7 @@ from ...guidance.references import Reference
 from ...guidance.score import Targets
 from ...settings import FuseSettings
 from .facts import SamplingFacts
-from .roles import Samplers
+from .roles import NotGuidable, Samplers
 from .seams import argument
 
 log = logging.getLogger(__name__)
@@ -158,8 +158,13 @@ class GuidedPass:
                 return None
             assert self._encoders is not None
             device = facts.latent.device
+            try:
+                chain = self._chain(cfg_denoiser, device)
+            except NotGuidable as reason:
+                self.stop(str(reason))
+                return None
             targets = _targets(self.references).to(device)
-            self._guide = Guide(self.settings, targets, self._encoders.to(device), self._chain(cfg_denoiser, device), facts.schedule)
+            self._guide = Guide(self.settings, targets, self._encoders.to(device), chain, facts.schedule)
             if self.settings.gradient == "exact" and getattr(cfg_denoiser.p, "refiner_checkpoint_info", None) is not None:
                 self._guide.abandon_exact("a refiner takes over in this job")
         return self._guide

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ _OF_ITS_OWN: Mapping[str, Any] = {
         "enable_hr": False,
     },
 }
-JOB_ARGUMENTS = ("sd_model", "prompt", "negative_prompt", "seed", "scheduler", *_TAKEN_OVER, *_OF_ITS_OWN)
+JOB_ARGUMENTS = ("sd_model", "prompt", "negative_prompt", "seed", *_TAKEN_OVER, *_OF_ITS_OWN)
 
 
 class ReferenceFailed(RuntimeError):
@@ -68,7 +68,7 @@ class ReferenceMaker:
     """Makes the references of one job.
 
     p: the WebUI's processing object of the job. tags: every other extra network of its prompt, as it is written there.
-    more: arguments of the WebUI's processing objects that only it has. hashes: of the pair, by side.
+    more: arguments of the WebUI's processing objects that only it has. prepare: see roles.Checkpoints. hashes: of the pair, by side.
     """
 
     p: Any
@@ -81,6 +81,7 @@ class ReferenceMaker:
     tags: str
     tags_identity: str
     more: Mapping[str, Any]
+    prepare: Callable[[Any], None]
 
     def references(self) -> list[Reference]:
         """The references that count, the subject's first. Raises SettingsError (a given picture), ReferenceFailed or Interrupted."""
@@ -162,13 +163,15 @@ class ReferenceMaker:
             prompt=f"{self._prompt(side)} {self.tags}".strip(),
             negative_prompt=p.all_negative_prompts[self._first_image],
             seed=self._seed,
-            scheduler=getattr(p, "scheduler", None),
+            # Forge Classic has none: there it is part of the sampler's name.
+            **({"scheduler": p.scheduler} if hasattr(p, "scheduler") else {}),
             **{name: getattr(p, name) for name in _TAKEN_OVER},
             **copy.deepcopy(dict(_OF_ITS_OWN)),
             **self.more,
         )
         # Conditionings of its own: those of the class are shared by all jobs.
         job.cached_c, job.cached_uc = [None, None], [None, None]
+        self.prepare(job)
         job.dynfuse_settings = alone(self.settings, side)
         return job
 

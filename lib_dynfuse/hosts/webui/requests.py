@@ -145,6 +145,7 @@ class Requests:
                 f"{kind}:{':'.join(items)} ({file_identity(self._catalogue.path(items[0])) if items else ''})" for kind, items in tags
             ),
             more=self._roles.checkpoints.arguments(p),
+            prepare=self._roles.checkpoints.prepare,
         )
 
     def _hash(self, name: str) -> str:

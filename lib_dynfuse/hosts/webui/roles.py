@@ -1,4 +1,5 @@
-"""What differs between the WebUIs, by who asks for it. Each WebUI's module (a1111, forge) has a class for each role, and one Roles.
+"""What differs between the WebUIs, by who asks for it. Their modules (a1111, forge, neo, ldm_forge) have a class for each role, and a Roles
+for each WebUI.
 
 a pass           Denoisers: the model that is fused, its weights, the rows of its calls
 its sampling     Samplers: what a denoiser call's numbers mean, and what guidance needs of VAE and autograd
@@ -89,7 +90,7 @@ class Samplers(ABC):
 
     @abstractmethod
     def vae(self, cfg_denoiser: Any) -> HostVae:
-        """The VAE that decodes this model's latents."""
+        """The VAE that decodes this model's latents. Raises NotGuidable."""
 
     def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
         """Latent -> picture in [-1, 1]; None if the WebUI has none for this model. May raise whatever looking for it raises."""
@@ -122,6 +123,9 @@ class Checkpoints:
         """Arguments of a reference's job, StableDiffusionProcessingTxt2Img, that only this WebUI has."""
         return {}
 
+    def prepare(self, job: Any) -> None:
+        """Give a reference's job what this WebUI asks of it beside its arguments."""
+
     def identity(self, p: Any) -> BaseIdentity:
         """What tells the checkpoint and the VAE apart from others."""
         from modules import sd_vae, shared
@@ -129,6 +133,10 @@ class Checkpoints:
         info = shared.sd_model.sd_checkpoint_info
         vae = getattr(sd_vae, "loaded_vae_file", None)
         return BaseIdentity(getattr(info, "sha256", None) or file_identity(info.filename), file_identity(vae))
+
+
+class NotGuidable(RuntimeError):
+    """Pictures of this model cannot be guided in this WebUI. One sentence; the job goes on."""
 
 
 @dataclass(frozen=True)
@@ -168,4 +176,14 @@ def refuse_replaced_denoiser() -> None:
         raise FusionError("DynFuse works on the model's own layers; set 'SD Unet' to None in the settings.")
 
 
-__all__ = ["Checkpoints", "Denoisers", "HostVae", "Roles", "RowLayout", "Samplers", "TextEncoders", "refuse_replaced_denoiser"]
+__all__ = [
+    "Checkpoints",
+    "Denoisers",
+    "HostVae",
+    "NotGuidable",
+    "Roles",
+    "RowLayout",
+    "Samplers",
+    "TextEncoders",
+    "refuse_replaced_denoiser",
+]

@@ -5,12 +5,21 @@ import pytest
 from lib_dynfuse.hosts.webui.a1111 import A1111
 from lib_dynfuse.hosts.webui.forge import FORGE
 from lib_dynfuse.hosts.webui.host import WebUIHost
+from lib_dynfuse.hosts.webui.ldm_forge import CLASSIC, REFORGE
+from lib_dynfuse.hosts.webui.neo import NEO
 from lib_dynfuse.text.tag import parse_tags
 from tests.fakes.a1111 import FakeA1111
 from tests.fakes.forge import FakeForge
+from tests.fakes.forks import FakeClassic, FakeNeo, FakeReForge
 from tests.fakes.models import TextEncoder, UNet, write_lora
 
-HOSTS = {"a1111": (FakeA1111, A1111), "forge": (FakeForge, FORGE)}
+HOSTS = {
+    "a1111": (FakeA1111, A1111),
+    "forge": (FakeForge, FORGE),
+    "neo": (FakeNeo, NEO),
+    "reforge": (FakeReForge, REFORGE),
+    "classic": (FakeClassic, CLASSIC),
+}
 
 
 @pytest.fixture(scope="session")

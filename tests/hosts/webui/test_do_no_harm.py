@@ -10,20 +10,16 @@ import pytest
 import torch
 
 from lib_dynfuse.hosts.webui import job
-from lib_dynfuse.hosts.webui.a1111 import A1111
 from lib_dynfuse.hosts.webui.capabilities import Call, Seam
 from lib_dynfuse.hosts.webui.detect import nearest
-from lib_dynfuse.hosts.webui.forge import FORGE
 from lib_dynfuse.hosts.webui.host import WebUIHost
 from lib_dynfuse.hosts.webui.job import JobSeams
 from lib_dynfuse.text.tag import parse_tags
-from tests.fakes.a1111 import FakeA1111
-from tests.fakes.forge import FakeForge
-from tests.fakes.forks import FakeClassic, FakeNeo, FakeReForge
 from tests.fakes.webui import Processing
 
+from .conftest import HOSTS
+
 TAG = "<dynfuse:dog:watercolor>"
-HOSTS = {"a1111": (FakeA1111, A1111), "forge": (FakeForge, FORGE)}
 SEAMS = [need for need in job.NEEDS if isinstance(need, Seam)]
 WRAPPERS = [name for name in vars(JobSeams) if name.startswith("_around_")]
 
@@ -172,8 +168,8 @@ class TestWhatIsNeeded:
         fake, roles = HOSTS[name]
         with fake(loras) as webui:
             load = webui.networks.load_networks
-            webui.networks.load_networks = lambda names, te_multipliers, unet_multipliers, dyn_dims=None, more=None: load(
-                names, te_multipliers, unet_multipliers, dyn_dims
+            webui.networks.load_networks = lambda names, te_multipliers, unet_multipliers, *others, more=None: load(
+                names, te_multipliers, unet_multipliers, *others
             )
             ours = WebUIHost(roles)
             ours.install(parse_tags)
@@ -237,22 +233,20 @@ class TestEverythingElse:
             ours.uninstall()
 
 
-class TestOtherWebUIs:
-    """Forge Neo, reForge and Forge Classic are not supported, and not harmed."""
+class TestDetection:
+    """One WebUI is not taken for another; and what is taken for one, but is not, is left alone."""
 
-    FORKS = (
-        pytest.param(FakeNeo, "backend.patcher.lora.LoraLoader", id="neo"),
-        pytest.param(FakeReForge, "modules_forge", id="reforge"),
-        pytest.param(FakeClassic, "modules_forge", id="classic"),
-    )
+    def test_each_is_known(self, pristine, host_name):
+        with pristine():
+            assert nearest() is HOSTS[host_name][1]
 
-    @pytest.mark.parametrize(("fake", "reason"), FORKS)
-    def test_it_is_left_alone_with_one_sentence(self, fake, reason, loras, capsys):
-        assert reason in left_alone(fake, nearest, loras, lambda webui: contextlib.nullcontext(), capsys)
+    @pytest.mark.parametrize("taken_for", list(HOSTS))
+    def test_as_another_it_is_left_alone_with_one_sentence(self, host_name, taken_for, loras, capsys):
+        if taken_for != host_name:
+            left_alone(HOSTS[host_name][0], lambda: HOSTS[taken_for][1], loras, lambda webui: contextlib.nullcontext(), capsys)
 
-    @pytest.mark.parametrize(("fake", "reason"), FORKS)
-    def test_its_own_loras_work_there(self, fake, reason, loras):
-        with fake(loras) as webui:
+    def test_its_own_loras_work_there(self, pristine):
+        with pristine() as webui:
             plain = webui.run("a cat")
             assert not torch.equal(webui.run("a cat <lora:dog:1>"), plain)
             assert torch.equal(webui.run("a cat"), plain)

@@ -1,0 +1,26 @@
+"""Checks on a running reForge: DYNFUSE_REFORGE_URL=http://127.0.0.1:7863 pytest tests/hosts/webui/test_reforge_live.py
+
+docs/development.md says how to set one up, live_forks.py what else can be said.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from . import live_forks
+from .live_checks import *  # noqa: F403
+from .live_guidance_checks import *  # noqa: F403
+
+if live_forks.address("REFORGE") is None:
+    pytest.skip("DYNFUSE_REFORGE_URL names no running reForge", allow_module_level=True)
+
+MODELS = {
+    "sd15": ("sd15tiny:sd15_a:sd15_b", {"foreign": "sdxlslim_b"}),
+    "sdxl": ("sdxlslim:sdxlslim_a:sdxlslim_b", {"foreign": "sd15_b"}),
+}
+
+
+@pytest.fixture(scope="module", params=live_forks.cases("REFORGE", MODELS, hires={"hr_cfg": 5}), ids=lambda case: case.name)
+def case(request):
+    request.param.load()
+    return request.param
