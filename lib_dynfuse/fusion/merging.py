@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..lora import LoraError, LoraFile, MergeReport, Share, denoiser_aliases, norms_by_layer, text_strengths, write_merged
 from ..lora.export import Progress
 from ..lora.families import Shape, reference_layers, text_encoder
+from ..lora.matching import naming_family
 from ..lora.naming import Site
 from ..settings import FuseSettings
 from .rules import RULES
@@ -207,15 +208,15 @@ def _looked_up(factors: Mapping[Key, float]) -> Callable[[Key], float]:
 
 
 def _published_model(files: Sequence[LoraFile]) -> nn.Module:
-    """The layers of the published model of the files' family, without weights. Raises LoraError where no file tells the family."""
-    name = next((file.family for file in files if file.family is not None), None)
-    if name is None:
+    """The layers of the published model of the files' family, without weights. Raises LoraError where the files do not tell the family."""
+    family = naming_family(files)
+    if family is None:
         raise LoraError(
             f"{files[0].path.name} cannot be merged without a model, for its layers do not tell the base model: make a picture with "
             "generate --save-lora FILE."
         )
     model = nn.Module()
-    for layer, shape in reference_layers(name).items():
+    for layer, shape in reference_layers(family.name).items():
         owner, *path = model, *layer.split(".")
         for part in path:
             if part not in owner._modules:

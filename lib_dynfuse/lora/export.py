@@ -33,7 +33,7 @@ from ..errors import SettingsError
 from . import families
 from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift, bound
 from .families import Family, Shape, denoiser_aliases, family, reference_layers
-from .matching import SiteBranch, branches_by_site, compatible
+from .matching import SiteBranch, branches_by_site, compatible, naming_family, shared_families
 from .naming import Alias, Site
 from .reader import LoraFile
 
@@ -127,7 +127,9 @@ def merged_tensors(
     if not writer.tensors:
         names = " and ".join(share.file.path.name for share in shares)
         raise LoraError(f"Nothing is left of {names} to write: all factors are 0, or no layer of the model fits.")
-    return writer.tensors, writer.report(base, unmatched)
+    # Where the files may be for several base models, so may what is made of them.
+    told = base if len(shared_families([share.file for share in shares])) < 2 else None
+    return writer.tensors, writer.report(told, unmatched)
 
 
 def _write_denoiser(
@@ -186,12 +188,8 @@ def _family(shares: Sequence[Share], layers: Mapping[str, Shape | None] | None) 
         for b in files[index + 1 :]:
             if reason := compatible(a, b):
                 raise LoraError(reason)
-    if name := next((file.family for file in files if file.family is not None), None):
-        return family(name)
-    allowed = [file.possible for file in files if file.possible]
-    common = [family(name) for name in allowed[0] if all(name in others for others in allowed)] if allowed else []
-    if common and len({known.kohya_layout for known in common}) == 1:
-        return common[0]
+    if named := naming_family(files):
+        return named
     if layers is None:
         if nameless := next((file for file in files if file.denoiser or file.norms), None):
             raise LoraError(f"{nameless.path.name} cannot be merged without a model: its layers do not tell the base model.")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift, bound
-from .families import family, has_variable_input, knowing
+from .families import Family, family, has_variable_input, knowing
 from .naming import Alias, Part, Site
 from .reader import LoraFile
 
@@ -165,6 +165,20 @@ def compatible(a: LoraFile, b: LoraFile) -> str | None:
     return None
 
 
+def shared_families(files: Sequence[LoraFile]) -> list[Family]:
+    """The families that all of these files may be for, as far as their layers tell; where one file names its own, that alone."""
+    if name := next((file.family for file in files if file.family is not None), None):
+        return [family(name)]
+    allowed = [file.possible for file in files if file.possible]
+    return [family(name) for name in allowed[0] if all(name in others for others in allowed)] if allowed else []
+
+
+def naming_family(files: Sequence[LoraFile]) -> Family | None:
+    """The family in whose names a file made of these is written; None if those that they may be for do not name the layers alike."""
+    found = shared_families(files)
+    return found[0] if len({known.kohya_layout for known in found}) == 1 else None
+
+
 def _different(a: LoraFile, one: str, b: LoraFile, other: str) -> str:
     return f"{a.path.name} was made for {one} and {b.path.name} for {other}: both must be for the same base model."
 
@@ -186,4 +200,4 @@ def _times(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
 
-__all__ = ["SiteBranch", "branches_by_site", "compatible", "norms_by_layer"]
+__all__ = ["SiteBranch", "branches_by_site", "compatible", "naming_family", "norms_by_layer", "shared_families"]

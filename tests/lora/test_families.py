@@ -23,7 +23,24 @@ from lib_dynfuse.lora import (
     read_lora,
     write_merged,
 )
-from lib_dynfuse.lora.families import FAMILIES, FLUX, SD1, SD2, SDXL, Family, layout_of, reference_aliases, reference_layers
+from lib_dynfuse.lora.families import (
+    CHROMA,
+    FAMILIES,
+    FLUX,
+    FLUX2_DEV,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_9B,
+    LUMINA2,
+    QWEN_IMAGE,
+    SD1,
+    SD2,
+    SDXL,
+    Z_IMAGE,
+    Family,
+    layout_of,
+    reference_aliases,
+    reference_layers,
+)
 from lib_dynfuse.lora.naming import flat
 from lib_dynfuse.strength import BlockText
 
@@ -46,15 +63,32 @@ UNETS = {
     },
 }
 
+TRANSFORMERS = {
+    FLUX.name: ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    CHROMA.name: ("ChromaTransformer2DModel", {}),
+    FLUX2_KLEIN_4B.name: (
+        "Flux2Transformer2DModel",
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False},
+    ),
+    FLUX2_KLEIN_9B.name: (
+        "Flux2Transformer2DModel",
+        {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288, "guidance_embeds": False},
+    ),
+    FLUX2_DEV.name: ("Flux2Transformer2DModel", {}),
+    QWEN_IMAGE.name: ("QwenImageTransformer2DModel", {}),
+    Z_IMAGE.name: ("ZImageTransformer2DModel", {}),
+    LUMINA2.name: ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
+}
+
 
 def diffusers_layers(family: str) -> dict[str, tuple[int, ...]]:
     """Layers of diffusers' own model with the shapes of their weights, without memory for them."""
     diffusers = pytest.importorskip("diffusers")
+    name, settings = TRANSFORMERS.get(family) or ("UNet2DConditionModel", UNETS[family])
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
     with torch.device("meta"):
-        if family == FLUX.name:
-            model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
-        else:
-            model = diffusers.UNet2DConditionModel(**UNETS[family])
+        model = getattr(diffusers, name)(**settings)
     return {name: tuple(m.weight.shape) for name, m in model.named_modules() if getattr(m, "weight", None) is not None}
 
 
@@ -108,19 +142,36 @@ def test_unet_names_agree_with_diffusers_converter_of_checkpoints(residuals):
         assert [alias.site.layer for alias in back[flat(old)]] == [new], old
 
 
-def test_flux_parts_agree_with_diffusers_converter_of_checkpoints():
+CONVERTERS = {
+    FLUX.name: "convert_flux_transformer_checkpoint_to_diffusers",
+    CHROMA.name: "convert_chroma_transformer_checkpoint_to_diffusers",
+    FLUX2_KLEIN_4B.name: "convert_flux2_transformer_checkpoint_to_diffusers",
+    Z_IMAGE.name: "convert_z_image_transformer_checkpoint_to_diffusers",
+    LUMINA2.name: "convert_lumina2_to_diffusers",
+}
+
+
+@pytest.mark.parametrize("family", CONVERTERS)
+def test_parts_agree_with_diffusers_converter_of_checkpoints(family):
     """Every row of every converted weight is found where the aliases of both layouts say. Weights have one column of row numbers."""
     converters = pytest.importorskip("diffusers.loaders.single_file_utils")
-    wanted = ("double_blocks.0.", "single_blocks.0.")
-    layers = {n: s for n, s in reference_layers(FLUX.name).items() if n.startswith(wanted) or "blocks." not in n}
+    if not hasattr(converters, CONVERTERS[family]):
+        pytest.skip(f"this version of diffusers has no {CONVERTERS[family]}")
+    layers = {n: s for n, s in reference_layers(family).items() if not re.match(r"(?:(?:double|single)_blocks|layers)\.[1-9]", n)}
     weights, first = {}, 0
     for name, shape in layers.items():
         weights[name] = torch.arange(first, first + shape[0])
         first += shape[0]
-    checkpoint = {f"{name}.{'scale' if 'norm.' in name else end}": w for name, w in weights.items() for end in ("weight", "bias")}
-    theirs = converters.convert_flux_transformer_checkpoint_to_diffusers(dict(checkpoint))
+    scales = family not in (Z_IMAGE.name, LUMINA2.name)
+    checkpoint = {
+        f"{name}.{'scale' if scales and 'norm' in name and end == 'weight' else end}": w
+        for name, w in weights.items()
+        for end in (("weight",) if len(layers[name]) == 1 else ("weight", "bias"))
+        if end == "weight" or ".attention.qkv" not in name
+    }
+    theirs = getattr(converters, CONVERTERS[family])(dict(checkpoint))
     theirs = {name.removesuffix(".weight"): value for name, value in theirs.items() if name.endswith(".weight")}
-    forth, back = denoiser_aliases(layers), denoiser_aliases(theirs)
+    forth, back = denoiser_aliases(layers), denoiser_aliases({name: (len(value), 1) for name, value in theirs.items()})
 
     def gathered(aliases, model, flat_name):
         """The rows that a file's layer of this name changes in the model, in the file's order."""

@@ -100,7 +100,9 @@ class FusionPass:
 
     @property
     def recipe(self) -> Recipe | None:
-        """For one file that does what this pass did; None before it is over, or if it made no step."""
+        """For one file that does what this pass did so far; None before the first denoiser call. Of the same model as the trace."""
+        if self._recipe is None and self._session is not None and self._trace is None:
+            return self._made_recipe(self._session.trace, self._session)
         return self._recipe
 
     @property

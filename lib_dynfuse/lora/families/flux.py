@@ -116,6 +116,12 @@ class Flux(Transformer):
         split = "single_transformer_blocks" in first or any(".attn.add_q_proj" in name for name in layers)
         return DIFFUSERS if split else None
 
+    def sizes(self, fused: Mapping[str, int], shape: Shape | None) -> Mapping[str, int]:
+        """Query, key and value are as wide as the model, and linear1's MLP is what is left."""
+        if shape is None or "mlp" not in fused or shape[0] <= 3 * shape[1]:
+            return fused
+        return dict.fromkeys("qkv", shape[1]) | {"mlp": shape[0] - 3 * shape[1]}
+
     def rules_out(self, evidence: Evidence) -> bool:
         return named_as_sd3(evidence)
 

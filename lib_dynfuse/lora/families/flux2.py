@@ -9,7 +9,7 @@ loaders/lora_conversion_utils.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from .family import Layers, Shape
 from .flux import ATTENTION_OF_DOUBLE, FUSED_IN_DOUBLE, HALVES, NORMS_OF_SINGLE, SPLIT_IN_DOUBLE, Flux, gated
@@ -80,12 +80,6 @@ class Flux2(Flux):
         if not any(_OWN.match(name) for name in layers) and not gated(layers):
             return None
         return AUTHORS if any(name.startswith(("double_blocks.", "single_blocks.")) for name in layers) else DIFFUSERS
-
-    def sizes(self, fused: Mapping[str, int], shape: Shape | None) -> Mapping[str, int]:
-        """Query, key and value are as wide as the model, and the gated MLP is what is left."""
-        if shape is None or "mlp" not in fused or shape[0] <= 3 * shape[1]:
-            return fused
-        return dict.fromkeys("qkv", shape[1]) | {"mlp": shape[0] - 3 * shape[1]}
 
 
 class _Klein4B(Flux2):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_dynfuse.webui import saving
+from lib_dynfuse.webui import results, saving
 from tests.fakes.models import UNet, write_lora
 from tests.fakes.webui import HOOKS, Processing
 
@@ -40,9 +40,11 @@ class TestSaving:
     @pytest.fixture
     def saved(self, webui, tmp_path):
         def save(prompt, **settings):
-            p = webui.process(Processing(prompt, **settings)).p
+            # The script's hook comes while the job still has its session.
+            keep = {"postprocess": lambda p, processed: results.remember("txt2img", webui.host.passes(p))}
+            p = webui.process(Processing(prompt, callbacks=keep, **settings)).p
             webui.shared.cmd_opts = types.SimpleNamespace(lora_dir=str(tmp_path))
-            said = saving.save(webui.host.last_pass(p).recipe, "both", 0, webui.host.catalogue)
+            said = saving.save(results.recipe("txt2img"), "both", 0, webui.host.catalogue)
             assert "Saved as" in said, said
             webui.files["both"] = str(tmp_path / "both.safetensors")
             webui.networks.list_available_networks()
