@@ -6,6 +6,7 @@ A mistake of the user or a file that cannot be used: one sentence on standard er
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
 import sys
@@ -50,6 +51,9 @@ NOT_MERGED = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; argv: without the program's name, None for the process's. Returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a Western Windows cannot print every LoRA's name
     try:
         if arguments[:1] == ["bench"]:  # has options of its own
             from . import bench

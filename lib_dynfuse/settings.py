@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from .errors import SettingsError
 from .escaping import escape, unescape
+from .printable import shown
 from .strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE, BlockText, Schedule, number_text, one_each, parse_blocks, split_each
 
 LORA_FIELDS = ("subject", "style")
@@ -40,23 +41,25 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 _JOINT = "+"
+# What torch takes as a seed or a size.
+_WHOLE = 2**63
 
 
 def _names(name: str, value: Any) -> str:
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return join_names(item for item in value if item)
     if not isinstance(value, str):
-        raise SettingsError(f"{name} must be text or a list of names, not {value!r}")
+        raise SettingsError(f"{name} must be text or a list of names, not {shown(value)}")
     names = split_names(value)
     if not all(names):
-        raise SettingsError(f"{name} must be names of LoRAs with + between, and %2B for a + inside a name, not {value!r}")
+        raise SettingsError(f"{name} must be names of LoRAs with + between, and %2B for a + inside a name, not {shown(value)}")
     return join_names(names)
 
 
 def _weights(name: str, value: Any) -> float | str:
     if not isinstance(value, str):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise SettingsError(f"{name} must be a number or points such as {SCHEDULE_EXAMPLE}, not {value!r}")
+            raise SettingsError(f"{name} must be a number or points such as {SCHEDULE_EXAMPLE}, not {shown(value)}")
         return _number(name, float, value)
     schedules = [Schedule.parse(text, name) for text in split_each(value)]
     if len(schedules) == 1 and schedules[0].constant is not None:
@@ -70,7 +73,7 @@ def _hires(name: str, value: Any) -> str:
         return format_value(_number(name, float, value))
     sides = _text(name, value).split("/")
     if len(sides) > 2:
-        raise SettingsError(f"{name} must be the subject's weight, or SUBJECT/STYLE, not {value!r}")
+        raise SettingsError(f"{name} must be the subject's weight, or SUBJECT/STYLE, not {shown(value)}")
     return "/".join(format_value(_weights(name, side)) if side.strip() else "" for side in sides).removesuffix("/")
 
 
@@ -81,7 +84,7 @@ def _blocks(name: str, value: Any) -> str:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise SettingsError(f"{name} must be text, not {value!r}")
+        raise SettingsError(f"{name} must be text, not {shown(value)}")
     return value
 
 
@@ -435,7 +438,7 @@ class FuseSettings:
         known = field_types()
         unknown = [str(key) for key in values if key not in known]
         if unknown:
-            raise SettingsError(f"unknown setting {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+            raise SettingsError(f"unknown setting {', '.join(map(shown, unknown[:9]))}; known are {', '.join(known)}")
         return cls(**{**preset, **values})
 
     @classmethod
@@ -488,7 +491,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
 def preset_values(name: Any) -> Mapping[str, Any]:
     """The fields that a preset sets. Raises SettingsError for a name that is not in PRESETS."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise SettingsError(f"{PRESET} must be one of {', '.join(PRESETS)}, not {name!r}")
+        raise SettingsError(f"{PRESET} must be one of {', '.join(PRESETS)}, not {shown(name)}")
     return PRESETS[name]
 
 
@@ -513,16 +516,16 @@ def parse_value(name: str, text: str) -> Any:
         try:
             return float(text)
         except ValueError:
-            raise SettingsError(f"{name} must be a number, not {text!r}") from None
+            raise SettingsError(f"{name} must be a number, not {shown(text)}") from None
     if kind is int:
         try:
             return int(text)
         except ValueError:
-            raise SettingsError(f"{name} must be a whole number, not {text!r}") from None
+            raise SettingsError(f"{name} must be a whole number, not {shown(text)}") from None
     if kind is bool:
         lower = text.strip().lower()
         if lower not in ("true", "false"):
-            raise SettingsError(f"{name} must be true or false, not {text!r}")
+            raise SettingsError(f"{name} must be true or false, not {shown(text)}")
         return lower == "true"
     return text.strip()
 
@@ -542,27 +545,33 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         return metadata["canonical"](name, value)
     if kind is bool:
         if not isinstance(value, bool):
-            raise SettingsError(f"{name} must be true or false, not {value!r}")
+            raise SettingsError(f"{name} must be true or false, not {shown(value)}")
         return value
     if kind in (int, float):
         return _in_range(name, _number(name, kind, value))
     value = _text(name, value)
     if metadata["choices"] and value not in metadata["choices"]:
-        raise SettingsError(f"{name} must be one of {', '.join(metadata['choices'])}, not {value!r}")
+        raise SettingsError(f"{name} must be one of {', '.join(metadata['choices'])}, not {shown(value)}")
     return value
 
 
 def _number(name: str, kind: type, value: Any) -> float:
     # bool is an int in Python; a JSON true is no weight.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SettingsError(f"{name} must be a {'whole ' if kind is int else ''}number, not {value!r}")
-    if not math.isfinite(value):
-        raise SettingsError(f"{name} must be a finite number, not {value}")
+        raise SettingsError(f"{name} must be a {'whole ' if kind is int else ''}number, not {shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise SettingsError(f"{name} must be a finite number, not {shown(value)}")
     if kind is float:
-        return float(value)
+        return number
     # A slider of the panel sends 2.0 for 2.
-    if value != int(value):
+    if number != int(number):
         raise SettingsError(f"{name} must be a whole number, not {format_value(value)}")
+    if abs(number) >= _WHOLE:
+        raise SettingsError(f"{name} must be less than {_WHOLE}, not {shown(value)}")
     return int(value)
 
 

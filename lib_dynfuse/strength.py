@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from .errors import SettingsError
+from .printable import printable, shown
 
 SCHEDULE_EXAMPLE = "0@0,1@0.3,0.6@1"
 BLOCKS_EXAMPLE = "in4-in8=0.5,out3=0"
@@ -162,12 +163,12 @@ def number_text(value: float) -> str:
 def _point(item: str, name: str) -> tuple[float, float]:
     weight, at, place = item.partition("@")
     if not at:
-        raise SettingsError(f"{name} must be a number or points such as {SCHEDULE_EXAMPLE}; {item!r} has no place")
+        raise SettingsError(f"{name} must be a number or points such as {SCHEDULE_EXAMPLE}; {shown(item)} has no place")
     expected = f"points such as {SCHEDULE_EXAMPLE}"
-    progress = _number(place, f"the place of {item!r} in {name}", "a fraction of the steps or a step's number")
+    progress = _number(place, f"the place of {shown(item)} in {name}", "a fraction of the steps or a step's number")
     if progress < 0 or (progress > 1 and not progress.is_integer()):
         raise SettingsError(
-            f"the place of {item!r} in {name} must be a fraction of the steps from 0 to 1, or the whole number of a step, "
+            f"the place of {shown(item)} in {name} must be a fraction of the steps from 0 to 1, or the whole number of a step, "
             f"not {number_text(progress)}"
         )
     return _number(weight, name, expected), progress
@@ -182,8 +183,8 @@ def _assignment(item: str, name: str) -> tuple[str, str, float]:
     blocks, equals, factor = item.partition("=")
     found = _ASSIGNED.fullmatch(blocks.strip())
     if not equals or found is None:
-        raise SettingsError(f"{name} must be blocks with factors such as {BLOCKS_EXAMPLE}; {item!r} is none")
-    return found[1], found[2] or found[1], _number(factor, f"the factor of {found[0]} in {name}", "a number")
+        raise SettingsError(f"{name} must be blocks with factors such as {BLOCKS_EXAMPLE}; {shown(item)} is none")
+    return found[1], found[2] or found[1], _number(factor, f"the factor of {printable(found[0])} in {name}", "a number")
 
 
 def _is_number(text: str) -> bool:
@@ -196,7 +197,7 @@ def _is_number(text: str) -> bool:
 
 def _number(text: str, name: str, expected: str) -> float:
     if not _is_number(text):
-        raise SettingsError(f"{name} must be {expected}, not {text.strip()!r}")
+        raise SettingsError(f"{name} must be {expected}, not {shown(text.strip())}")
     value = float(text)
     if not math.isfinite(value):
         raise SettingsError(f"{name} must be a finite number, not {value}")

@@ -105,6 +105,31 @@ def test_what_cannot_be_used_is_refused_with_one_sentence(values, words):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["style_weight", "bias", "every", "reference_seed", "hr"])
+@pytest.mark.parametrize(
+    "value", [10**309, -(10**400), 10**5000, "9" * 310, "-" + "9" * 5000], ids=["309", "-400", "5000", "text", "long text"]
+)
+def test_numbers_beyond_all_measure_are_refused_with_one_sentence(name, value):
+    make = FuseSettings.from_text if isinstance(value, str) else FuseSettings.from_mapping
+    with pytest.raises(SettingsError, match=name) as raised:
+        make({name: value})
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["every", "reference_seed", "vote_tokens"])
+def test_whole_numbers_have_63_bits(name):
+    assert getattr(FuseSettings.from_mapping({name: 2**62}), name) == 2**62
+    with pytest.raises(SettingsError, match=f"{name} must be less than 9223372036854775808"):
+        FuseSettings.from_text({name: str(2**63)})
+
+
+def test_a_value_of_any_size_is_refused_in_a_short_sentence():
+    for values in ({"subject_weight": [10**5000]}, {"criterion": "x" * 10**6}, {"a" * 10**6: 1}, {"style_weight": "1@" + "x" * 10**6}):
+        with pytest.raises(SettingsError) as raised:
+            FuseSettings.from_mapping(values)
+        assert len(str(raised.value)) < 1000
+
+
 def test_a_registered_method_is_a_choice_at_once():
     register_method("halves", "each LoRA at half its weight")
     try:

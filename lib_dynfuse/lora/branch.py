@@ -14,9 +14,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..printable import printable
+
 
 class LoraError(ValueError):
-    """A LoRA file that cannot be used. The message is one sentence with the file and the reason."""
+    """A LoRA file that cannot be used. The message is one sentence with the file and the reason, fit to be printed."""
+
+    def __init__(self, sentence: str):
+        super().__init__(printable(sentence, 800))
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ Every function raises LoraError, with a reason that the reader completes by file
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .branch import Branch, Composed, Dense, FromWeight, LoraError, LowRank, NormShift
-
-Tensors = Mapping[str, Tensor]
+from .checks import Tensors, checked_bias, listing, need, number_of, scale_of, size_text, times
+from .rotations import boft, oft, peft_boft, peft_oft
 
 # Roles that may stand beside the tensors of several kinds.
 _COMMON = frozenset({"alpha", "scale", "dora_scale", "magnitude", "diff_b"})
@@ -34,22 +34,25 @@ def lora(tensors: Tensors) -> LowRank:
     dW[o, i] = sum_nm up[o, n] mid[n, m] down[m, i] is composed into `down`. PEFT's bias of lora_B is scaled as the product is.
     """
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
-    _need(down.dim() in (2, 4) and up.dim() in (2, 4), f"its tensors are {_size(up)} and {_size(down)}, neither matrices nor kernels")
-    _need(up.dim() == 2 or tuple(up.shape[2:]) == (1, 1), f"its second factor is a kernel, {_size(up)}, which no LoRA has")
+    need(
+        down.dim() in (2, 4) and up.dim() in (2, 4), f"its tensors are {size_text(up)} and {size_text(down)}, neither matrices nor kernels"
+    )
+    need(up.dim() == 2 or tuple(up.shape[2:]) == (1, 1), f"its second factor is a kernel, {size_text(up)}, which no LoRA has")
     up, rank = up.flatten(1), down.shape[0]
-    scale = _scale(tensors, rank)
+    scale = scale_of(tensors, rank)
     if mid is not None:
-        _need(
+        need(mid.dim() != 4 or max(mid.shape[2:]) <= 16, f"its kernel is {size_text(mid)}, larger than any layer's")
+        need(
             mid.dim() == 4 and tuple(mid.shape[:2]) == (up.shape[1], rank) and down.flatten(1).shape[1] == down.shape[1],
-            f"its three tensors do not fit each other: {_size(up)}, {_size(mid)}, {_size(down)}",
+            f"its three tensors do not fit each other: {size_text(up)}, {size_text(mid)}, {size_text(down)}",
         )
         down = torch.einsum("nmkl,mi->nikl", mid.float(), down.flatten(1).float())
-    _need(up.shape[1] == down.shape[0], f"its two halves differ in rank: {_size(up)} and {_size(down)}")
+    need(up.shape[1] == down.shape[0], f"its two halves differ in rank: {size_text(up)} and {size_text(down)}")
     bias = tensors.get("bias")
     bias = None if bias is None else scale * bias.float()
     if "diff_b" in tensors:
         bias = tensors["diff_b"] if bias is None else bias + tensors["diff_b"].float()
-    return LowRank(down, up, scale, _checked_bias(bias, up.shape[0]))
+    return LowRank(down, up, scale, checked_bias(bias, up.shape[0]))
 
 
 def loha(tensors: Tensors) -> Composed:
@@ -61,12 +64,12 @@ def loha(tensors: Tensors) -> Composed:
     they are smaller.
     """
     first, second = (_Factor(tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"], tensors.get(f"hada_t{n}")) for n in (1, 2))
-    _need(
+    need(
         first.shape == second.shape,
-        f"its two factors make up {_times(first.shape)} and {_times(second.shape)}, which cannot be multiplied",
+        f"its two factors make up {times(first.shape)} and {times(second.shape)}, which cannot be multiplied",
     )
-    scale = _scale(tensors, first.rank or 0)
-    shape, bias = first.shape, _checked_bias(tensors.get("diff_b"), first.shape[0])
+    scale = scale_of(tensors, first.rank or 0)
+    shape, bias = first.shape, checked_bias(tensors.get("diff_b"), first.shape[0])
 
     def make() -> Tensor:
         return scale * first.made().mul_(second.made())
@@ -90,14 +93,14 @@ def lokr(tensors: Tensors) -> Composed:
     With a decomposed w2, kron(w1, a @ b) = kron(w1, a) @ kron(1, b): two small products instead of a full matrix where they are smaller.
     """
     first, second = _Factor.of(tensors, "w1", "first"), _Factor.of(tensors, "w2", "second")
-    _need(
+    need(
         len(first.shape) == 2 and len(second.shape) in (2, 4),
-        f"its factors are {_times(first.shape)} and {_times(second.shape)}, which make up no weight",
+        f"its factors are {times(first.shape)} and {times(second.shape)}, which make up no weight",
     )
     rank = second.rank or first.rank
-    scale = _scale(tensors, rank) if rank is not None else 1.0 if "scale" not in tensors else _number(tensors["scale"])
+    scale = scale_of(tensors, rank) if rank is not None else 1.0 if "scale" not in tensors else number_of(tensors["scale"])
     shape = (first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], *second.shape[2:])
-    bias = _checked_bias(tensors.get("diff_b"), shape[0])
+    bias = checked_bias(tensors.get("diff_b"), shape[0])
 
     def make() -> Tensor:
         left, right = first.made(), second.made().contiguous()
@@ -127,16 +130,16 @@ def full(tensors: Tensors) -> Dense | FromWeight | NormShift:
         return FromWeight(torch.zeros_like, bias=bias, out=bias.shape[0], only_bias=True)
     if diff.dim() == 1:
         return NormShift(diff, bias)
-    _need(diff.dim() in (2, 4), f"its difference is {_size(diff)}, neither a matrix nor a kernel")
-    return Dense(diff, _checked_bias(bias, diff.shape[0]))
+    need(diff.dim() in (2, 4), f"its difference is {size_text(diff)}, neither a matrix nor a kernel")
+    return Dense(diff, checked_bias(bias, diff.shape[0]))
 
 
 def norm(tensors: Tensors) -> NormShift:
     """Differences of a normalisation layer's gain and offset, each (channels,) (LyCORIS' "norm")."""
     gain, offset = tensors.get("w_norm"), tensors.get("b_norm")
     for tensor in (gain, offset):
-        _need(tensor is None or tensor.dim() == 1, "its gain or offset is no vector")
-    _need(gain is None or offset is None or gain.shape == offset.shape, "its gain and its offset differ in length")
+        need(tensor is None or tensor.dim() == 1, "its gain or offset is no vector")
+    need(gain is None or offset is None or gain.shape == offset.shape, "its gain and its offset differ in length")
     return NormShift(gain, offset)
 
 
@@ -153,7 +156,7 @@ def dora(base: LowRank | Dense | Composed, magnitude: Tensor, on_output: bool | 
         on_output = magnitude.dim() == 1 or (magnitude.shape[0] == rows and not (magnitude.shape[0] == 1 and magnitude.shape[1] == columns))
     # LoHa and LoKr may hold a convolution's kernel flattened into the columns.
     fits = magnitude.numel() == rows if on_output else columns % magnitude.numel() == 0
-    _need(fits, f"its magnitudes are {_size(magnitude)}, but its matrices make up {_times(base.shape)}")
+    need(fits, f"its magnitudes are {size_text(magnitude)}, but its matrices make up {times(base.shape)}")
 
     def make(weight: Tensor) -> Tensor:
         moved = weight + base.delta_weight().to(weight.device).reshape(weight.shape)
@@ -173,65 +176,38 @@ def ia3(tensors: Tensors) -> FromWeight:
     weight: (n,) or (1, n, 1, 1); on_input: 1 for columns, 0 for rows.
     """
     factors = tensors["weight"].flatten()
-    on_input = bool(_number(tensors["on_input"]))
-    scale = _scale(tensors, 1) if "scale" in tensors else 1.0
+    on_input = bool(number_of(tensors["on_input"]))
+    scale = scale_of(tensors, 1) if "scale" in tensors else 1.0
 
     def make(weight: Tensor) -> Tensor:
         size = [1] * weight.dim()
         size[1 if on_input else 0] = -1
         return weight * (scale * factors.to(weight.device).float()).reshape(size)
 
-    return FromWeight(make, None, _checked_bias(tensors.get("diff_b"), None), None if on_input else factors.numel())
+    return FromWeight(make, None, checked_bias(tensors.get("diff_b"), None), None if on_input else factors.numel())
 
 
-def oft(tensors: Tensors) -> FromWeight:
-    """OFT: W' = R^T W0 blockwise over the output rows, R = (1 + Q)(1 - Q)^-1 (Qiu et al. 2023, arXiv:2306.07280, Cayley form).
+def peft_ia3(tensors: Tensors) -> FromWeight:
+    """PEFT's IA3: W' = l * W0, dW = W0 * (l - 1).
 
-    oft_blocks: (blocks, size, size), Q = blocks - blocks^T, scaled down to the norm alpha * out where alpha > 0 (sd-scripts'
-    networks/oft.py and LyCORIS' diag-oft). oft_diag: R itself (LyCORIS before 2.1). rescale: (out, 1[, 1, 1]), a factor per row.
+    ia3_l: (1, in) scales columns, (out, 1) rows; a convolution's is (1, n, 1, 1) for both, and then the shape of its weight tells, or
+    scales_input. Scaled rows mean a scaled bias too, which a branch does not reach: a convolution's are refused here, a linear layer's by
+    the reader.
     """
-    stored = "oft_diag" not in tensors
-    blocks = tensors["oft_blocks"] if stored else tensors["oft_diag"]
-    _need(blocks.dim() == 3 and blocks.shape[1] == blocks.shape[2], f"its rotations are {_size(blocks)}, not square blocks")
-    out = blocks.shape[0] * blocks.shape[1]
-    rescale = _checked_rescale(tensors, out)
-    limit = _limit(tensors, out)
+    factors = tensors["ia3_l"]
+    need(factors.dim() in (2, 4) and max(factors.shape, default=0) == factors.numel() > 0, f"its factors are {size_text(factors)}")
+    linear, count = factors.dim() == 2, factors.numel()
+    said = bool(number_of(tensors["scales_input"])) if "scales_input" in tensors else None
+    by_rows = linear and factors.shape[1] == 1 and not (count == 1 and said)
 
     def make(weight: Tensor) -> Tensor:
-        rotation = _rotation(blocks.to(weight.device).float(), limit) if stored else blocks.to(weight.device).float()
-        turned = torch.einsum("knm,kn...->km...", rotation, weight.reshape(*blocks.shape[:2], *weight.shape[1:])).reshape(weight.shape)
-        return _rescaled(turned, rescale) - weight
+        if not linear and (said is False or count != weight.shape[1] or (said is None and weight.shape[0] == count)):
+            raise RuntimeError("its factors (IA3) are for the outputs of a convolution, or may be, and the bias there cannot be scaled")
+        size = [1] * weight.dim()
+        size[0 if by_rows else 1] = -1
+        return weight * (factors.flatten().to(weight.device).float() - 1).reshape(size)
 
-    return FromWeight(make, None, _checked_bias(tensors.get("diff_b"), out), out)
-
-
-def boft(tensors: Tensors) -> FromWeight:
-    """BOFT: W' = R_m ... R_1 W0, block rotations between butterfly permutations (Liu et al. 2024, arXiv:2311.06243, section 4).
-
-    oft_blocks: (m, blocks, size, size); constraint and rescale as in `oft`. In stage i, rows that are size/2 * 2^i apart are turned
-    together (LyCORIS' "boft").
-    """
-    blocks = tensors["oft_blocks"]
-    _need(blocks.dim() == 4 and blocks.shape[2] == blocks.shape[3], f"its rotations are {_size(blocks)}, not square blocks")
-    stages, count, size, _ = blocks.shape
-    out = count * size
-    _need(size % 2 == 0 and out % (size * 2 ** (stages - 1)) == 0, f"its rotations, {_size(blocks)}, do not make up a butterfly")
-    rescale = _checked_rescale(tensors, out)
-    limit = _limit(tensors, out)
-
-    def make(weight: Tensor) -> Tensor:
-        rotation = _rotation(blocks.to(weight.device).float(), limit)
-        turned = weight.flatten(1)
-        columns = turned.shape[1]
-        for stage in range(stages):
-            apart = size // 2 * 2**stage
-            # (c, 2, apart) -> (c, apart, 2): the two rows that a rotation mixes become neighbours.
-            mixed = turned.reshape(-1, 2, apart, columns).transpose(1, 2).reshape(count, size, columns)
-            mixed = torch.einsum("bij,bjn->bin", rotation[stage], mixed)
-            turned = mixed.reshape(-1, apart, 2, columns).transpose(1, 2).reshape(out, columns)
-        return _rescaled(turned.reshape(weight.shape), rescale) - weight
-
-    return FromWeight(make, None, _checked_bias(tensors.get("diff_b"), out), out)
+    return FromWeight(make, None, checked_bias(tensors.get("diff_b"), None), count if by_rows else None)
 
 
 def glora(tensors: Tensors) -> FromWeight:
@@ -246,13 +222,13 @@ def glora(tensors: Tensors) -> FromWeight:
     rank = a2.shape[0]
     if not rank == a1.shape[1] == b1.shape[1] == b2.shape[0]:
         rank = a1.shape[0]
-        _need(
+        need(
             rank == a2.shape[1] == tensors["b1"].shape[0] == b2.flatten(1).shape[1],
-            f"its tensors do not fit each other: {', '.join(_size(tensors[name]) for name in ('a1', 'a2', 'b1', 'b2'))}",
+            f"its tensors do not fit each other: {', '.join(size_text(tensors[name]) for name in ('a1', 'a2', 'b1', 'b2'))}",
         )
         a1, a2, b1, b2 = a2, a1, b2.flatten(1), tensors["b1"]
-    _need(a1.shape[0] == a2.shape[1] == b2.shape[1], f"its halves differ in width: {a1.shape[0]}, {a2.shape[1]} and {b2.shape[1]}")
-    scale = _scale(tensors, rank)
+    need(a1.shape[0] == a2.shape[1] == b2.shape[1], f"its halves differ in width: {a1.shape[0]}, {a2.shape[1]} and {b2.shape[1]}")
+    scale = scale_of(tensors, rank)
     kernel = tuple(b2.shape[2:]) if bm is None else tuple(bm.shape[2:])
     shape = (b1.shape[0], a2.shape[1], *kernel)
 
@@ -264,7 +240,7 @@ def glora(tensors: Tensors) -> FromWeight:
             last = torch.einsum("nmkl,mi->nikl", bm.to(weight.device).float(), last.flatten(1))
         return scale * (own + (third @ last.flatten(1)).reshape(weight.shape))
 
-    return FromWeight(make, rank, _checked_bias(tensors.get("diff_b"), shape[0]), shape[0], shape)
+    return FromWeight(make, rank, checked_bias(tensors.get("diff_b"), shape[0]), shape[0], shape)
 
 
 # Which tensors make up a kind: (name, those it must have, those it may have, function).
@@ -276,6 +252,10 @@ _KINDS: tuple[tuple[str, frozenset[str], frozenset[str], Callable[[Tensors], Bra
     ("IA3", frozenset({"weight", "on_input"}), frozenset(), ia3),
     ("OFT", frozenset({"oft_diag"}), frozenset({"rescale"}), oft),
     ("OFT", frozenset({"oft_blocks"}), frozenset({"rescale"}), oft),
+    ("OFT", frozenset({"oft_r"}), frozenset({"oft_s", "freedom"}), peft_oft),
+    ("OFT", frozenset({"oft_R", "series"}), frozenset({"freedom"}), peft_oft),
+    ("BOFT", frozenset({"boft_R"}), frozenset({"boft_s"}), peft_boft),
+    ("IA3", frozenset({"ia3_l"}), frozenset({"scales_input"}), peft_ia3),
     ("norm", frozenset(), frozenset({"w_norm", "b_norm"}), norm),
     ("full", frozenset(), frozenset({"diff", "diff_b"}), full),
 )
@@ -290,14 +270,14 @@ def branch_of(tensors: Tensors) -> tuple[str, Branch | NormShift] | None:
         own = needed | optional
         present = own & tensors.keys()
         # A plain "weight" without IA3's "on_input" is a whole layer's, as in a checkpoint.
-        if not (present & needed if needed else present) or (name == "IA3" and "on_input" not in present):
+        if not (present & needed if needed else present) or (function is ia3 and "on_input" not in present):
             continue
         missing = needed - tensors.keys()
-        _need(not missing, f"it has {_listing(present)} but no {_listing(missing)}")
+        need(not missing, f"it has {listing(present)} but no {listing(missing)}")
         strange = tensors.keys() - own - _COMMON
-        _need(not strange, f"it mixes the tensors of two kinds, {_listing(present)} and {_listing(strange)}")
+        need(not strange, f"it mixes the tensors of two kinds, {listing(present)} and {listing(strange)}")
         whole = {role for role in present - {"on_input"} if not tensors[role].is_floating_point()}
-        _need(not whole, f"{_listing(whole)} holds whole numbers, as a quantised file does")
+        need(not whole, f"{listing(whole)} holds whole numbers, as a quantised file does")
         if name == "OFT" and "oft_blocks" in present and tensors["oft_blocks"].dim() == 4:
             name, function = "BOFT", boft
         try:
@@ -308,9 +288,11 @@ def branch_of(tensors: Tensors) -> tuple[str, Branch | NormShift] | None:
             if not isinstance(branch, (LowRank, Dense, Composed)):
                 raise LoraError(f"it has magnitudes (DoRA), which {name} cannot have")
             return f"DoRA ({_refined(name, branch)})", dora(branch, magnitude, True if "magnitude" in tensors else None)
-        except (IndexError, RuntimeError, ZeroDivisionError):
+        except LoraError:
+            raise
+        except (ArithmeticError, IndexError, RuntimeError, ValueError):
             # Tensors of shapes that no trainer writes, such as a vector for a matrix.
-            sizes = ", ".join(f"{_listing({role})} {_size(tensor)}" for role, tensor in sorted(tensors.items()))
+            sizes = ", ".join(f"{listing({role})} {size_text(tensor)}" for role, tensor in sorted(tensors.items()))
             raise LoraError(f"its tensors do not fit each other: {sizes}") from None
     return None
 
@@ -348,10 +330,10 @@ class _Factor:
             return
         if t is None:
             fits = a.dim() in (2, 4) and b.dim() in (2, 4) and a.flatten(1).shape[1] == b.shape[0]
-            _need(fits, f"its two halves differ in rank: {_size(a)} and {_size(b)}")
+            need(fits, f"its two halves differ in rank: {size_text(a)} and {size_text(b)}")
         else:
             fits = a.dim() == 2 and b.dim() == 2 and t.dim() == 4 and tuple(t.shape[:2]) == (a.shape[0], b.shape[0])
-            _need(fits, f"its three tensors do not fit each other: {_size(a)}, {_size(t)}, {_size(b)}")
+            need(fits, f"its three tensors do not fit each other: {size_text(a)}, {size_text(t)}, {size_text(b)}")
 
     @property
     def rank(self) -> int | None:
@@ -374,73 +356,4 @@ class _Factor:
         return torch.einsum("ijkl,jr,ip->prkl", self.t.float(), self.b.float(), self.a.float())
 
 
-def _rotation(blocks: Tensor, limit: float | None) -> Tensor:
-    """Cayley: (1 + Q)(1 - Q)^-1 of the skew-symmetric Q = blocks - blocks^T, whose overall norm is at most `limit`."""
-    skew = blocks - blocks.transpose(-1, -2)
-    if limit is not None:
-        length = torch.linalg.vector_norm(skew) + 1e-8
-        skew = torch.where(length > limit, skew * (limit / length), skew)
-    one = torch.eye(skew.shape[-1], device=skew.device)
-    return (one + skew) @ torch.linalg.inv(one - skew)
-
-
-def _limit(tensors: Tensors, out: int) -> float | None:
-    """OFT stores its constraint as alpha; 0 means none."""
-    constraint = _number(tensors["alpha"]) if "alpha" in tensors else 0.0
-    return constraint * out if constraint > 0 else None
-
-
-def _checked_rescale(tensors: Tensors, out: int) -> Tensor | None:
-    rescale = tensors.get("rescale")
-    if rescale is None:
-        return None
-    _need(rescale.numel() == out, f"it rescales {rescale.numel()} rows of {out}")
-    return rescale.flatten()
-
-
-def _rescaled(weight: Tensor, rescale: Tensor | None) -> Tensor:
-    if rescale is None:
-        return weight
-    return weight * rescale.to(weight.device).float().reshape(-1, *(1,) * (weight.dim() - 1))
-
-
-def _scale(tensors: Tensors, rank: int) -> float:
-    """alpha / rank; 1 without alpha; `scale`, which a few old files have, overrides both."""
-    _need(rank > 0, "its rank is 0")
-    if "scale" in tensors:
-        return _number(tensors["scale"])
-    return _number(tensors["alpha"]) / rank if "alpha" in tensors else 1.0
-
-
-def _number(tensor: Tensor) -> float:
-    _need(tensor.numel() == 1, f"a tensor that should be one number is {_size(tensor)}")
-    number = float(tensor.item())
-    _need(math.isfinite(number), f"its alpha is {number}")
-    return number
-
-
-def _checked_bias(bias: Tensor | None, out: int | None) -> Tensor | None:
-    if bias is not None:
-        _need(bias.dim() == 1 and out in (None, bias.shape[0]), f"its bias is {_size(bias)} for {out} rows")
-    return bias
-
-
-def _need(condition: bool, reason: str) -> None:
-    if not condition:
-        raise LoraError(reason)
-
-
-def _size(tensor: Tensor) -> str:
-    return _times(tensor.shape)
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape)) if shape else "a single number"
-
-
-def _listing(roles: frozenset[str] | set[str]) -> str:
-    names = {"down": "lora_down", "up": "lora_up", "mid": "lora_mid"}
-    return ", ".join(sorted(names.get(role, role) for role in roles))
-
-
-__all__ = ["boft", "branch_of", "dora", "full", "glora", "ia3", "loha", "lokr", "lora", "norm", "oft"]
+__all__ = ["branch_of", "dora", "full", "glora", "ia3", "loha", "lokr", "lora", "norm", "peft_ia3"]

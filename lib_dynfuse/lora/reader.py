@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open  # type: ignore[attr-defined]
 from torch import Tensor
 
-from ..reasons import first_line
-from . import families
-from .branch import Branch, Dense, LoraError, LowRank, NormShift
+from ..printable import printable
+from . import cloneofsimo, families
+from .adapter_config import AdapterConfig, Alpha, has_strength
+from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift
+from .contents import Contents, opened
 from .families import (
     has_variable_input,
     is_kernel,
@@ -46,7 +46,8 @@ class LoraFile:
     text: encoder ("te1" CLIP-L and the only one of SD 1.x and 2.x, "te2" CLIP-G, "t5") -> layer -> branch.
     ranks: rank -> number of layers. kinds: "LoRA", "LoHa", ... -> number of layers.
     unmatched: keys that no layer of the family's published model takes (a model at hand may differ, so they are kept).
-    embeddings: names of bundled embeddings. keys: denoiser layer -> the file's keys for it.
+    embeddings: names of bundled embeddings. keys: denoiser layer -> the file's keys for it. alphas: what the strengths of the layers whose
+    kind has one are made from -> number of layers; None for those of strength 1, because nothing is said.
     """
 
     path: Path
@@ -62,14 +63,15 @@ class LoraFile:
     embeddings: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    alphas: dict[Alpha | None, int] = field(default_factory=dict)
     possible: tuple[str, ...] = ()
 
 
 def read_lora(path: str | os.PathLike[str]) -> LoraFile:
     """Read a LoRA file (.safetensors; .pt, .ckpt and .bin as tensors only). Raises LoraError: one sentence, file and reason."""
     path = Path(path)
-    keys, load, metadata = _opened(path)
-    parsed = {key: parse_key(key) for key in keys}
+    contents = opened(path)
+    parsed = _parsed(path, contents)
     groups: dict[tuple[str, str], dict[str, str]] = {}  # (component, layer) -> role -> key
     embeddings: list[str] = []
     unmatched = [key for key, name in parsed.items() if name is None]
@@ -81,17 +83,31 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFile:
             continue
         roles = groups.setdefault((name.component, name.layer), {})
         if name.role in roles:
-            raise LoraError(f"{path.name} cannot be used: it holds layer {name.layer} twice, as {roles[name.role]} and as {key}.")
+            first, second = printable(roles[name.role]), printable(key)
+            raise LoraError(f"{path.name} cannot be used: it holds layer {printable(name.layer)} twice, as {first} and as {second}.")
         roles[name.role] = key
     for roles in groups.values():
         # A plain "weight" is a whole layer's, of a checkpoint; beside "on_input" it is the vector of IA3.
         if "weight" in roles and "on_input" not in roles:
             unmatched.append(roles.pop("weight"))
+    groups = {place: roles for place, roles in groups.items() if roles}
     if not any(_changes_something(roles) for roles in groups.values()):
         raise LoraError(_no_lora(path, list(parsed)))
-    tensors = load([key for roles in groups.values() for key in roles.values()])
+    tensors = contents.load([key for roles in groups.values() for key in roles.values()])
     _refuse_infinite(path, tensors)
-    return _taken_apart(path, groups, tensors, unmatched, list(dict.fromkeys(embeddings)), metadata, parsed)
+    return _taken_apart(path, groups, tensors, unmatched, list(dict.fromkeys(embeddings)), contents.metadata, parsed)
+
+
+def _parsed(path: Path, contents: Contents) -> dict[str, KeyName | None]:
+    """What each key says."""
+    if not cloneofsimo.is_numbered(contents.keys):
+        return {key: parse_key(key) for key in contents.keys}
+    shapes = {key: tuple(tensor.shape) for key, tensor in contents.load(contents.keys).items()}
+    try:
+        names = cloneofsimo.names(contents.keys, contents.metadata, shapes)
+    except ValueError as error:
+        raise LoraError(f"{path.name} cannot be used: it is of cloneofsimo's kind, and {error}.") from None
+    return {key: names.get(key) for key in contents.keys}
 
 
 def _taken_apart(
@@ -110,13 +126,19 @@ def _taken_apart(
     kinds: Counter[str] = Counter()
     ranks: Counter[int] = Counter()
     unknown: list[str] = []
+    alphas: Counter[Alpha | None] = Counter()
+    config = AdapterConfig(path, metadata)
     for (component, layer), roles in groups.items():
         known = layout_of(layer) is not None if component == "denoiser" else known_text_layer(component, layer)
+        own = {role: tensors[key] for role, key in roles.items()}
         try:
-            made = branch_of(_norm_roles(layer, {role: tensors[key] for role, key in roles.items()}))
+            further, alpha = config.of(next(name for key in roles.values() if (name := parsed[key])), own)
+            made = branch_of(_norm_roles(layer, {**own, **further}))
+            if made is not None:
+                _refuse_scaled_bias(component, layer, own, made[1])
         except LoraError as error:
             if known:
-                raise LoraError(f"{path.name} cannot be used: at layer {layer}, {error}.") from None
+                raise LoraError(f"{path.name} cannot be used: at layer {printable(layer)}, {error}.") from None
             unmatched.extend(roles.values())
             continue
         if made is None or (isinstance(made[1], NormShift) and component != "denoiser"):
@@ -137,6 +159,8 @@ def _taken_apart(
             else:
                 denoiser[layer] = branch
         kinds[kind] += 1
+        if has_strength(own):
+            alphas[alpha] += 1
         rank = None if isinstance(branch, NormShift) else branch.rank
         if rank is not None:
             ranks[rank] += 1
@@ -145,7 +169,7 @@ def _taken_apart(
     if not foreign and len(unknown) == len(denoiser) + len(norms) + sum(len(layers) for layers in text.values()):
         names = ", ".join(known.name for known in families.FAMILIES)
         raise LoraError(
-            f"{path.name} was made for another kind of model: its layers, such as {unknown[0]}, belong to none of {names}."
+            f"{path.name} was made for another kind of model: its layers, such as {printable(unknown[0])}, belong to none of {names}."
             if unknown
             else _no_lora(path, list(parsed))
         )
@@ -172,87 +196,44 @@ def _taken_apart(
         embeddings=embeddings,
         metadata=metadata,
         keys=keys_of,
+        alphas=dict(alphas.most_common()),
         possible=possible if family is None else (),
     )
-
-
-_Load = Callable[[Iterable[str]], dict[str, Tensor]]
-
-
-def _opened(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
-    """(keys, function that loads the tensors of some keys, metadata) of a file. Raises LoraError."""
-    try:
-        with open(path, "rb") as file:
-            beginning = file.read(9)
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise LoraError(f"{path.name} cannot be read: there is no such file.") from None
-    except IsADirectoryError:
-        raise LoraError(f"{path.name} cannot be read: it is a folder.") from None
-    except OSError as error:
-        raise LoraError(f"{path.name} cannot be read: {error.strerror or error}.") from None
-    if size == 0:
-        raise LoraError(f"{path.name} cannot be read: the file is empty.")
-    # Contents before endings; and the header first, as its length may begin with the bytes that mark a pickle or a zip archive.
-    pickled = beginning.startswith((b"PK", b"\x80")) or path.suffix.lower() in (".pt", ".ckpt", ".bin", ".pth")
-    if pickled and beginning[8:] != b"{":
-        return _opened_pickle(path)
-    return _opened_safetensors(path, beginning[:8], size)
-
-
-def _opened_safetensors(path: Path, beginning: bytes, size: int) -> tuple[list[str], _Load, dict[str, str]]:
-    header = int.from_bytes(beginning, "little")
-    # safetensors reports a cut-off file and one that never was a safetensors file by the same error.
-    if len(beginning) < 8 or header > size - 8:
-        reason = "it is cut off" if len(beginning) == 8 and header < 100_000_000 else "it is no safetensors file"
-        raise LoraError(f"{path.name} cannot be read: {reason}.")
-
-    def load(keys: Iterable[str]) -> dict[str, Tensor]:
-        try:
-            with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
-                # Clones, because a tensor that safetensors maps from the file would change, or kill the process, with the file.
-                return {key: file.get_tensor(key).clone() for key in keys}
-        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise LoraError(f"{path.name} cannot be read: {first_line(error)}.") from None
-
-    try:
-        with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
-            return list(file.keys()), load, dict(file.metadata() or {})
-    except SafetensorError as error:
-        reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else first_line(error)
-        raise LoraError(f"{path.name} cannot be read: {reason}.") from None
-
-
-def _opened_pickle(path: Path) -> tuple[list[str], _Load, dict[str, str]]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise LoraError(f"{path.name} was not opened: it is damaged or holds other things than tensors, which might be code.") from None
-    except Exception as error:  # a damaged pickle makes its reader fail in any way, struct.error and AssertionError among them
-        raise LoraError(f"{path.name} cannot be read: it is damaged ({first_line(error)}).") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    # A1111 replaces torch.load by its own check, which prints its refusal and returns None.
-    if not isinstance(content, Mapping):
-        raise LoraError(f"{path.name} is no LoRA: it holds no named tensors.")
-    tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
-    return list(tensors), lambda keys: {key: tensors[key] for key in keys}, {}
 
 
 def _refuse_infinite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise LoraError if a tensor holds NaN or an infinity, which would make every picture black, even at weight 0."""
     for key, tensor in tensors.items():
         # A sum costs a fraction of looking at each number, and only finite numbers can have a finite one.
-        if not tensor.is_floating_point() or math.isfinite(tensor.sum(dtype=torch.float32).item()):
+        # torch cannot add up numbers of 8 bits.
+        numbers = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        if not numbers.is_floating_point() or math.isfinite(numbers.sum(dtype=torch.float32).item()):
             continue
-        numbers = tensor.float()
         if not torch.isfinite(numbers).all():
             what = "NaN, which is no number" if numbers.isnan().any() else "an infinite number"
-            raise LoraError(f"{path.name} cannot be used: its tensor {key} holds {what}.")
+            raise LoraError(f"{path.name} cannot be used: its tensor {printable(key)} holds {what}.")
 
 
 def _changes_something(roles: Mapping[str, str]) -> bool:
-    return bool(roles.keys() - {"alpha", "scale", "dora_scale", "magnitude", "on_input", "rescale", "bias"})
+    return bool(roles.keys() - {"alpha", "scale", "dora_scale", "magnitude", "on_input", "rescale", "bias", "oft_s", "boft_s"})
+
+
+# What the tensors' names of PEFT's other kinds have in them.
+_PEFT_KINDS = {
+    ".lora_E": "AdaLoRA",
+    ".vera_lambda": "VeRA",
+    ".hra_u": "HRA",
+    ".ln_tuning_layers": "LN tuning",
+    ".fourierft_": "FourierFT",
+    ".vblora_": "VB-LoRA",
+    ".bone_": "Bone",
+    ".miss_block": "MiSS",
+    ".randlora_": "RandLoRA",
+    ".shira_weight": "SHiRA",
+    ".c3a_kernel": "C3A",
+    ".road_": "RoAd",
+    ".delora_": "DeLoRA",
+}
 
 
 def _no_lora(path: Path, keys: list[str]) -> str:
@@ -262,9 +243,22 @@ def _no_lora(path: Path, keys: list[str]) -> str:
         what = "it is a whole model (checkpoint)"
     elif any(key in ("emb_params", "string_to_param", "clip_l", "clip_g") for key in keys):
         what = "it is an embedding (textual inversion)"
+    elif kind := next((kind for part, kind in _PEFT_KINDS.items() if any(part in key for key in keys)), None):
+        return f"{path.name} cannot be used: it is an adapter of PEFT's kind {kind}, which is not among those that are read."
     else:
-        what = f"none of its {len(keys)} tensors, such as {keys[0]}, is named as in a LoRA"
+        what = f"none of its {len(keys)} tensors, such as {printable(keys[0])}, is named as in a LoRA"
     return f"{path.name} is no LoRA: {what}."
+
+
+_WITHOUT_BIAS = re.compile(r"(?:down|up|mid|input|output|middle)_blocks?_.+_attn[12]_to_[qkv]")
+
+
+def _refuse_scaled_bias(component: str, layer: str, tensors: Mapping[str, Tensor], branch: Branch | NormShift) -> None:
+    """PEFT's IA3 scales a layer's output, its bias included, which a branch does not reach; a U-Net's to_q, to_k and to_v have none."""
+    if "ia3_l" not in tensors or not isinstance(branch, FromWeight) or branch.out is None:
+        return
+    if component != "denoiser" or _WITHOUT_BIAS.fullmatch(layer) is None:
+        raise LoraError("it scales the layer's output (IA3) and with it a bias, which cannot be scaled here")
 
 
 def _norm_roles(layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

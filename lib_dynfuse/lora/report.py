@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from ..printable import printable
+from .adapter_config import SIDECAR
 from .families import knowing, layout_of, reference_aliases, text_encoder
 from .matching import branches_by_site, norms_by_layer
 from .naming import Alias, Site
 from .reader import LoraFile
 
-_NAMED = 3  # unmatched keys that are named; the rest is counted
+_NAMED = 3  # keys and embeddings that are named; the rest is counted
 _TAGS = 8
+_TEXT = 200
+_LONGEST = 2_000_000  # of a text that is taken apart
 
 # Metadata that says what a file is and how it is called up; trainers write dozens of other entries.
 _METADATA = {
@@ -31,18 +35,20 @@ def describe(file: LoraFile) -> list[str]:
         ("Format", "; ".join(file.dialects) or "unknown"),
         ("Base model", file.family or _unknown_family(file)),
         ("Kinds", ", ".join(f"{kind} ({_count(number, 'layer')})" for kind, number in file.kinds.items())),
-        ("Ranks", _ranks(file.ranks)),
+        ("Ranks", _span(file.ranks) or "none"),
+        *([("Alpha", alphas)] if (alphas := _alphas(file)) else []),
         ("Denoiser", _denoiser(file)),
         ("Text encoders", ", ".join(_encoder(file, name) for name in file.text) or "none"),
     ]
     if file.embeddings:
-        rows.append(("Embeddings", ", ".join(file.embeddings) + " (bundled; the WebUI loads them, DynFuse does not)"))
+        rows.append(("Embeddings", _few(file.embeddings) + " (bundled; the WebUI loads them, DynFuse does not)"))
     rows.append(("Unmatched", _unmatched(file.unmatched)))
-    rows += [(label, " ".join(file.metadata[key].split())) for key, label in _METADATA.items() if file.metadata.get(key, "").strip()]
+    said = ((label, _line(file.metadata.get(key, ""))) for key, label in _METADATA.items())
+    rows += [(label, text) for label, text in said if text]
     if tags := _frequent_tags(file.metadata):
         rows.append(("Frequent tags", tags))
     width = max(len(label) for label, _ in rows)
-    return [file.path.name, *(f"  {label:<{width}}  {text}" for label, text in rows)]
+    return [printable(file.path.name), *(f"  {label:<{width}}  {text}" for label, text in rows)]
 
 
 def describe_pair(a: LoraFile, b: LoraFile) -> str:
@@ -50,9 +56,9 @@ def describe_pair(a: LoraFile, b: LoraFile) -> str:
     named = a.family or b.family
     base = named or next((name for name in a.possible if name in b.possible), None)
     first, second = (_sites(file, base) for file in (a, b))
-    together = f"{a.path.name} and {b.path.name} go together{f' on {named}' if named else ''}"
+    names = f"{printable(a.path.name)} and {printable(b.path.name)}"
     return (
-        f"{together}: both change {_count(len(first & second), 'layer')}, "
+        f"{names} go together{f' on {named}' if named else ''}: both change {_count(len(first & second), 'layer')}, "
         f"only the first {len(first - second)}, only the second {len(second - first)}."
     )
 
@@ -105,33 +111,62 @@ def _unknown_family(file: LoraFile) -> str:
         return "unknown (it changes only text encoders)"
     if known := knowing(layers):
         return f"unknown ({known[0].unrecognised})"
-    return f"unknown (it fits a model with layers of its own names, such as {layers[0]})"
+    return f"unknown (it fits a model with layers of its own names, such as {printable(layers[0])})"
 
 
-def _ranks(ranks: Mapping[int, int]) -> str:
-    if not ranks:
-        return "none"
-    low, high = min(ranks), max(ranks)
-    return str(low) if low == high else f"{low} to {high}"
+def _span(numbers: Iterable[float]) -> str:
+    """ "4", "4 to 8", "" for none."""
+    low, high = min(numbers, default=None), max(numbers, default=None)
+    if low is None or high is None:
+        return ""
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _alphas(file: LoraFile) -> str:
+    """What the strengths are made from and where that stands; with numbers of layers where it is not the same for all."""
+    lost = any(dialect.startswith("PEFT") for dialect in file.dialects)
+    if not lost and file.alphas.keys() <= {None}:
+        return ""
+    nothing = f"none, so that the strength is 1{f' (PEFT keeps it in {SIDECAR}, which is not here)' if lost else ''}"
+    groups: dict[str, list[float]] = {}
+    layers: Counter[str] = Counter()
+    for alpha, count in file.alphas.items():
+        source = nothing if alpha is None else f"{'with rslora, ' if alpha.rslora else ''}from {alpha.source}"
+        groups.setdefault(source, []).extend([] if alpha is None else [alpha.value])
+        layers[source] += count
+    texts = {source: f"{_span(values)} {source}".strip() for source, values in groups.items()}
+    if len(texts) == 1:
+        return texts.popitem()[1]
+    return "; ".join(f"{text} ({_count(layers[source], 'layer')})" for source, text in texts.items())
 
 
 def _unmatched(keys: list[str]) -> str:
-    if not keys:
-        return "none"
-    rest = len(keys) - _NAMED
-    return f"{_count(len(keys), 'key')}: {', '.join(keys[:_NAMED])}{f' and {rest} more' if rest > 0 else ''}"
+    return f"{_count(len(keys), 'key')}: {_few(keys)}" if keys else "none"
+
+
+def _few(names: list[str]) -> str:
+    rest = len(names) - _NAMED
+    return f"{', '.join(map(printable, names[:_NAMED]))}{f' and {rest} more' if rest > 0 else ''}"
+
+
+def _line(text: str) -> str:
+    """A text of the file's author, which may be anything."""
+    return " ".join(printable(text, _TEXT).split())
 
 
 def _frequent_tags(metadata: Mapping[str, str]) -> str:
     """The commonest captions of the training images, from sd-scripts' ss_tag_frequency: {folder: {tag: count}} as JSON."""
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", ""))
-        counts: Counter[str] = Counter()
-        for tags in folders.values():
-            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError):
+    text = metadata.get("ss_tag_frequency", "")
+    if len(text) > _LONGEST:
         return ""
-    return ", ".join(f"{tag} ({count})" for tag, count in counts.most_common(_TAGS))
+    counts: Counter[str] = Counter()
+    try:
+        for tags in json.loads(text).values():
+            counts.update({tag: count for tag, count in tags.items() if type(count) is int and 0 < count < 10**9})
+    except (ValueError, TypeError, AttributeError, RecursionError, MemoryError):
+        return ""
+    named = Counter({printable(tag.strip(), 40): count for tag, count in counts.most_common(_TAGS)})
+    return ", ".join(f"{tag} ({count})" for tag, count in named.most_common())
 
 
 __all__ = ["describe", "describe_pair"]

@@ -81,6 +81,14 @@ UNET_DIALECTS = {
         f"unet.{diffusers}.lora_A.default.weight": down,
         f"unet.{diffusers}.lora_B.default.weight": up,
     },
+    "compiled": lambda ldm, diffusers, down, up: peft("unet._orig_mod." + diffusers, down, up),
+    "compiled block by block": lambda ldm, diffusers, down, up: peft("unet." + diffusers.replace(".0.", ".0._orig_mod.", 1), down, up),
+    "compiled, kohya": lambda ldm, diffusers, down, up: kohya("lora_unet__orig_mod_" + diffusers.replace(".", "_"), down, up),
+    "wrapped for several GPUs": lambda ldm, diffusers, down, up: peft("module.unet." + diffusers, down, up),
+    "wrapped inside": lambda ldm, diffusers, down, up: peft("unet.module._fsdp_wrapped_module." + diffusers, down, up),
+    "of a model": lambda ldm, diffusers, down, up: peft("model." + ldm, down, up),
+    "of a pipeline": lambda ldm, diffusers, down, up: peft("pipe.unet." + diffusers, down, up),
+    "kohya with an underscore": lambda ldm, diffusers, down, up: kohya(f"lora_unet_{diffusers.replace('.', '_')}_", down, up),
     "old diffusers": lambda ldm, diffusers, down, up: old_diffusers(diffusers, down, up),
     "old diffusers, no prefix": lambda ldm, diffusers, down, up: old_diffusers(diffusers, down, up, ""),
     "doubled prefix": lambda ldm, diffusers, down, up: {
@@ -187,6 +195,9 @@ FLUX_DIALECTS = {
     "BFL": lambda: in_bfl_names(peft),
     "BFL with prefix": lambda: in_bfl_names(lambda name, down, up: peft("diffusion_model." + name, down, up)),
     "diffusers": lambda: in_diffusers_names(lambda name, down, up: peft("transformer." + name, down, up)),
+    "compiled": lambda: in_diffusers_names(lambda name, down, up: peft("transformer._orig_mod." + name, down, up)),
+    "DiffSynth": lambda: in_bfl_names(lambda name, down, up: peft("pipe.dit." + name, down, up)),
+    "compiled, kohya": lambda: in_bfl_names(lambda name, down, up: kohya("lora_unet__orig_mod_" + name.replace(".", "_"), down, up)),
     "PEFT": lambda: in_diffusers_names(lambda name, down, up: peft("base_model.model." + name, down, up)),
     "OneTrainer": lambda: in_diffusers_names(lambda name, down, up: kohya("lora_transformer_" + name.replace(".", "_"), down, up)),
     "LyCORIS": lambda: in_diffusers_names(lambda name, down, up: kohya("lycoris_" + name.replace(".", "_"), down, up)),
@@ -291,6 +302,9 @@ TEXT = {
     "text_encoder_2." + T5: "t5",
     "text_encoder.base_model.model." + CLIP: "te1",
     "base_model.model." + CLIP: "te1",
+    "text_encoder.module." + CLIP: "te1",
+    "module.text_encoder_2._orig_mod." + CLIP: "te2",
+    "pipe.text_encoder." + CLIP: "te1",
 }
 
 
@@ -327,6 +341,8 @@ def test_bundled_embeddings_are_no_weights(tmp_path):
     assert file.unmatched == []
 
 
-@pytest.mark.parametrize("key", ["model.diffusion_model.out.2.bias", "logit_scale", "lora_unet_x.bias_values", "", "."])
+@pytest.mark.parametrize(
+    "key", ["model.diffusion_model.out.2.bias", "logit_scale", "lora_unet_x.bias_values", "", ".", "a" * 1000 + ".lora_up.weight"]
+)
 def test_other_keys_mean_nothing(key):
     assert parse_key(key) is None

@@ -317,6 +317,7 @@ def test_a_lone_bias_changes_no_weight():
         ({"up": random(8, 3), "alpha": torch.tensor(1.0)}, "it has lora_up but no lora_down"),
         ({"down": random(3, 8), "up": random(12, 4)}, "its two halves differ in rank: 12 × 4 and 3 × 8"),
         ({"down": random(3, 8), "up": random(12, 3), "mid": random(2, 3, 3, 3)}, "do not fit each other"),
+        ({"down": random(1, 8), "up": random(12, 1), "mid": random(1, 1, 110, 110)}, "larger than any layer's"),
         ({"down": random(3), "up": random(12, 3)}, "neither matrices nor kernels"),
         ({"down": random(3, 8), "up": random(12, 3), "alpha": torch.tensor(float("nan"))}, "its alpha is nan"),
         ({"down": random(3, 8), "up": random(12, 3), "alpha": random(2)}, "should be one number"),
