@@ -24,6 +24,7 @@ from .rows import RowIndices, sample_count
 from .rules import Votes
 from .step import Step
 from .trace import Trace, TraceRecorder, TraceStep
+from .views import turned
 from .votes import Ballot
 
 Numbers = tuple[int, ...]
@@ -349,9 +350,10 @@ class _Block:
         self.paired = ""
 
     def pair(self, pairs: Sequence[tuple[Tensor, Tensor] | None], what: str) -> None:
+        """pairs: (down, up), None for nothing."""
         self.paired = what
         for site, pair in zip(self.sites, pairs):
-            site.pair, site.silent = pair, pair is None
+            site.pair, site.silent = None if pair is None else (turned(pair[0]), pair[1]), pair is None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .call import FusionState
 from .divergence import token_divergences
 from .operators import Operators
 from .patching import PatchedLayer, argument
-from .views import Pixels, Tokens, View
+from .views import Pixels, Tokens, View, turned
 from .votes import Ballot
 
 
@@ -37,8 +37,8 @@ class FusedSite:
 
     number: of the site in the session. members: numbers of the LoRAs that change it, in order. strengths: their constant factors, folded
     into the operators. choice: (images, B), the rule's weights as decided in the layer in this step; known: the images that it holds for.
-    votes: (images, B), what that was decided by. pair: the matrices that stand for all rows of this step, (down (k, in[, kh, kw]),
-    up (k, out)), where they were made for all sites at once. ballot, place: where samples for the next decision are put.
+    votes: (images, B), what that was decided by. pair: the matrices that stand for all rows of this step, (down, up) as
+    View.add_pair takes them, where they were made for all sites at once. ballot, place: where samples for the next decision are put.
     """
 
     number: int
@@ -146,7 +146,7 @@ class FusedLayer(PatchedLayer):
         if not level:
             return
         if operators.downs is not None and operators.ups is not None:
-            view.add_pair(operators.downs[0], operators.ups[0], level)
+            view.add_pair(turned(operators.downs[0]), operators.ups[0], level)
         else:
             assert operators.dense is not None
             view.add_dense(operators.dense[0], None if operators.biases is None else operators.biases[0], level)
@@ -158,7 +158,7 @@ class FusedLayer(PatchedLayer):
         if operators.downs is not None and operators.ups is not None:
             down = operators.downs.index_select(0, winner).squeeze(0)
             up = operators.ups.index_select(0, winner).squeeze(0)
-            view.add_pair(down, up if level is None else up * level.to(up.dtype), 1.0)
+            view.add_pair(turned(down), up if level is None else up * level.to(up.dtype), 1.0)
             return
         assert operators.dense is not None
         weight = operators.dense.index_select(0, winner).squeeze(0)
@@ -179,7 +179,7 @@ class FusedLayer(PatchedLayer):
                 else:
                     view.add_dense_by_row(operators.dense[member], bias, weights[..., member])
             return
-        down, up = operators.downs.flatten(0, 1), operators.ups.flatten(0, 1)
+        down, up = turned(operators.downs.flatten(0, 1)), operators.ups.flatten(0, 1)
         if weights is None:
             view.add_pair(down, up, 1.0)
         else:

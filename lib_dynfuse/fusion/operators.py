@@ -84,13 +84,14 @@ class Group:
     """G sites whose low-rank operators have one rank and one output's width.
 
     members: P numbers of the LoRAs. operators: of the sites, those of one input's shape side by side; their matrices become views of the
-    stacks here, ups (G, P, r, out) and, for each shape of input, downs (g, P, r, in[, kh, kw]).
+    stacks here, ups (G, P, r, out) and, for each shape of input, downs (g, P, r, in[, kh, kw]). spans: its sites among the G.
     """
 
     members: tuple[int, ...]
     operators: Sequence[Operators]
     downs: list[Tensor] = field(init=False)
     ups: Tensor = field(init=False)
+    spans: list[slice] = field(init=False)
     _chosen: tuple[list[Tensor], Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -98,18 +99,14 @@ class Group:
             self.ups = torch.stack([_present(operators.ups) for operators in self.operators])
             alike = itertools.groupby((_present(operators.downs) for operators in self.operators), key=lambda down: down.shape)
             self.downs = [torch.stack(list(downs)) for _, downs in alike]
+            ends = list(itertools.accumulate(downs.shape[0] for downs in self.downs))
+            self.spans = [slice(start, end) for start, end in zip([0, *ends], ends)]
             for operators, down, up in zip(self.operators, self.each(self.downs), self.ups):
                 operators.downs, operators.ups = down, up
 
     @property
     def size(self) -> int:
         return len(self.operators)
-
-    @property
-    def spans(self) -> list[slice]:
-        """Of the sites of each shape of input."""
-        ends = list(itertools.accumulate(len(downs) for downs in self.downs))
-        return [slice(start, end) for start, end in zip([0, *ends], ends)]
 
     @staticmethod
     def each(stacks: Sequence[Tensor]) -> list[Tensor]:

@@ -27,11 +27,13 @@ class View(ABC):
 
     @abstractmethod
     def add_pair(self, down: Tensor, up: Tensor, level: float) -> None:
-        """y += level * up down x for all rows. down: (K, in[, kh, kw]); up: (K, out)."""
+        """y += level * up down x for all rows. down: as `turned` gives it; up: (K, out)."""
 
     @abstractmethod
     def add_by_row(self, down: Tensor, up: Tensor, weights: Tensor) -> None:
-        """y += sum over the P LoRAs of w_p up_p down_p x. weights: (N, P), or (N, T, P); what has weight 0 is not added, even if NaN."""
+        """y += sum over the P LoRAs of w_p up_p down_p x. weights: (N, P), or (N, T, P); what has weight 0 is not added, even if NaN.
+        down, up: as above, K = P r.
+        """
 
     @abstractmethod
     def add_dense(self, weight: Tensor, bias: Tensor | None, level: float) -> None:
@@ -74,19 +76,22 @@ class Tokens(View):
             self.y = self.y.narrow(1, start, length)
 
     def add_pair(self, down: Tensor, up: Tensor, level: float) -> None:
-        self.y.addmm_(self._inner(down), up, alpha=level)
+        if level == 1.0:
+            self.y.addmm_(self._inner(down), up)
+        else:
+            self.y.addmm_(self._inner(down), up, alpha=level)
 
     def _inner(self, down: Tensor) -> Tensor:
-        """down x: (N T, K)."""
+        """down x: (N T, K). down: (in, K)."""
         x = self.x
         if x.dim() == 2:
-            return _as(torch.mm(x, down.t()), self.dtype)
-        return _as(torch.bmm(x, down.t().expand(len(x), -1, -1)).flatten(0, 1), self.dtype)
+            return _as(torch.mm(x, down), self.dtype)
+        return _as(torch.bmm(x, down.expand(x.shape[0], -1, -1)).flatten(0, 1), self.dtype)
 
     def add_by_row(self, down: Tensor, up: Tensor, weights: Tensor) -> None:
-        inner = self._inner(down).view(self.batch, -1, weights.shape[-1], down.shape[0] // weights.shape[-1])
+        inner = self._inner(down).view(self.batch, -1, weights.shape[-1], up.shape[0] // weights.shape[-1])
         weights = weights.to(self.dtype).view(self.batch, -1, weights.shape[-1], 1)
-        self.y.addmm_(_weighted(inner, weights).reshape(-1, down.shape[0]), up)
+        self.y.addmm_(_weighted(inner, weights).reshape(-1, up.shape[0]), up)
 
     def add_dense(self, weight: Tensor, bias: Tensor | None, level: float) -> None:
         self.y.addmm_(self.x.reshape(-1, self.x.shape[-1]), weight.t(), alpha=level)
@@ -169,8 +174,8 @@ class Pixels(View):
     def _inner(self, down: Tensor) -> Tensor:
         """down x: (N, K, H', W')."""
         if down.dim() == 2 and self._pointwise and self.x.is_contiguous():
-            return _as(torch.matmul(down, self.x.flatten(2)), self.dtype).view(self.batch, -1, *self.y.shape[2:])
-        return _as(self._convolved(down), self.dtype)
+            return _as(torch.matmul(down.t(), self.x.flatten(2)), self.dtype).view(self.batch, -1, *self.y.shape[2:])
+        return _as(self._convolved(down.t() if down.dim() == 2 else down), self.dtype)
 
     def _add_thin(self, inner: Tensor, up: Tensor, level: float) -> None:
         if self.y.is_contiguous():
@@ -242,6 +247,11 @@ class Pixels(View):
         return columns.transpose(1, 2)
 
 
+def turned(down: Tensor) -> Tensor:
+    """A down matrix (K, in) as a layer's input is multiplied by it, (in, K); a kernel's (K, in, kh, kw) as it is."""
+    return down.t() if down.dim() == 2 else down
+
+
 def _put_rows(side: Tensor, positions: tuple[int, ...], places: Tensor, room: Tensor) -> None:
     """side: (N, T, C), of any order in memory. The rows are taken one by one: none has to be copied to bring its tokens together."""
     for position, part in zip(positions, room.view(len(positions), -1, room.shape[1])):
@@ -262,4 +272,4 @@ def _weighted(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).masked_fill_(weights == 0, 0.0)
 
 
-__all__ = ["Pixels", "Tokens", "View"]
+__all__ = ["Pixels", "Tokens", "View", "turned"]
