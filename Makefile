@@ -12,6 +12,8 @@ NEO_PYTHON ?= $(shell for p in python3.13 "$(PYTHON)"; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null && echo "$$p" && break; done)
 NEO_VENV := .venv-neo
 NEO_BIN := $(NEO_VENV)/bin
+# A process for each processor; a file's tests stay together, with what they have prepared.
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: help demo test test-a1111 test-neo check format bench quality clean
 
@@ -29,18 +31,18 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m lib_dynfuse demo --out out/demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The miniature world is no part of the extension: its tests run once, with diffusers.
 test-a1111: $(A1111_VENV)/.ready
-	$(A1111_BIN)/python -m pytest --ignore tests/world
+	$(A1111_BIN)/python -m pytest $(PARALLEL) --ignore tests/world
 
 ifeq ($(NEO_PYTHON),)
 test-neo:
 	@echo "There is no Python 3.13 on this machine, which Forge Neo's packages need: nothing was tested. make NEO_PYTHON=... test-neo"
 else
 test-neo: $(NEO_VENV)/.ready
-	$(NEO_BIN)/python -m pytest --ignore tests/world
+	$(NEO_BIN)/python -m pytest $(PARALLEL) --ignore tests/world
 endif
 
 check: $(VENV)/.ready

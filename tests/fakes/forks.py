@@ -26,7 +26,8 @@ class LoRAAdapter:
     def change(self, shape):
         up, down, alpha, mid, dora_scale, reshape = self.weights
         assert (mid, dora_scale, reshape) == (None, None, None)
-        return alpha / down.shape[0] * (up.flatten(1) @ down.flatten(1)).reshape(shape)
+        # In float32, as the WebUIs merge: torch 2.1 has no half-precision product on a CPU.
+        return alpha / down.shape[0] * (up.float().flatten(1) @ down.float().flatten(1)).reshape(shape)
 
 
 def changed(weight, entries):

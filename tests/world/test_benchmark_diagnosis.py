@@ -5,6 +5,7 @@ import torch
 
 from dynfuse_world.benchmark.diagnosis import depth, diagnosis, flips, kind, loudness, over_pairs
 from lib_dynfuse.fusion import Trace
+from lib_dynfuse.fusion.rules import Member
 from lib_dynfuse.lora.naming import Site
 
 SELF = Site("down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q")
@@ -19,8 +20,16 @@ def trace(winners, divergences=None):
     winners = torch.cat([winners, torch.ones(steps, 1, images, dtype=torch.bool)], 1)
     if divergences is None:
         divergences = torch.ones(steps, 3, images, 2)
-    measured = torch.tensor([[True, True, False]] * steps)
-    return Trace((SELF, CROSS, ALONE), winners, divergences, measured, torch.tensor([False, False, True]), torch.zeros(3, dtype=torch.bool))
+    return recorded(torch.stack([winners, ~winners], -1).float(), divergences)
+
+
+def recorded(weights, divergences):
+    """weights: (steps, 3 sites, images, 2)."""
+    reached = torch.ones(weights.shape[:2], dtype=torch.bool)
+    measured = reached & torch.tensor([True, True, False])
+    present = torch.tensor([[True, True], [True, True], [True, False]])
+    members = (Member("zib", True), Member("blueprint", False))
+    return Trace((SELF, CROSS, ALONE), members, weights, divergences, reached, measured, present)
 
 
 def test_sites_are_told_apart_by_kind_and_depth():
@@ -39,8 +48,8 @@ def test_shares_are_of_the_choices_alone():
 
 
 def test_no_choice_no_diagnosis():
-    none, nowhere = torch.zeros(0, 3, 0, 2), torch.zeros(3, dtype=torch.bool)
-    assert diagnosis(Trace((SELF, CROSS, ALONE), none[..., 0].bool(), none, torch.zeros(0, 3, dtype=torch.bool), nowhere, nowhere)) is None
+    none = torch.zeros(0, 3, 0, 2)
+    assert diagnosis(recorded(none, none)) is None
 
 
 def test_flips_between_all_steps_none_and_one_step():
