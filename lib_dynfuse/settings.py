@@ -350,8 +350,8 @@ class FuseSettings:
     decide: str = setting(
         "next",
         "Decide",
-        "next: the first step measures and chooses in each layer, and every other one goes by what was measured in the step before; as "
-        "fast as one LoRA. now: measure and choose in each layer at every step, as in the paper; slower.",
+        "next: the first step measures and chooses in each layer, and every other one goes by what was measured in the step before; much "
+        "faster on a fast card. now: measure and choose in each layer at every step, as in the paper.",
         choices=("next", "now"),
     )
     decide_every: int = setting(
