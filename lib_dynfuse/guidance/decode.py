@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # The "small" decoder's picture: about what the encoders see (224 x 224), for a sixteenth of the work of a picture of 1024 x 1024.
@@ -41,16 +42,21 @@ class VaeDecoder:
     """A VAE, or a decoder that stands for one (TAESD), as a LatentDecoder.
 
     decode: a module or a function from (B, C, h, w) in the VAE's units to pictures. scale, shift: of the model's latent,
-    (vae - shift) * scale. dtype: what decode works in. pixels: the decoded picture is made with about pixels^2 pixels of the same
-    aspect, never more than the latent has; None: all. factor: pixels of the picture per latent pixel, on each side.
+    (vae - shift) * scale; numbers, or by channel, (C,), or by channel and place in a pattern that repeats over the latent, (C, k, k).
+    packing: the latent's channels hold packing x packing places of the VAE's grid each, (c, i, j). dtype: what decode works in. pixels: the
+    decoded picture is made with about pixels^2 pixels of the same aspect, never more than the latent has; None: all. factor: pixels
+    of the picture per place of the VAE's grid, on each side.
+
+    A latent may have a time axis of one frame, (B, C, 1, h, w).
     """
 
     def __init__(
         self,
         decode: Callable[[Tensor], Tensor],
         *,
-        scale: float = 1.0,
-        shift: float = 0.0,
+        scale: float | Tensor = 1.0,
+        shift: float | Tensor = 0.0,
+        packing: int = 1,
         dtype: torch.dtype = torch.float32,
         pixels: int | None = None,
         factor: int = 8,
@@ -59,6 +65,7 @@ class VaeDecoder:
         self.decode = decode
         self.scale = scale
         self.shift = shift
+        self.packing = packing
         self.dtype = dtype
         self.pixels = pixels
         self.factor = factor
@@ -66,7 +73,12 @@ class VaeDecoder:
 
     def __call__(self, latent: Tensor) -> Tensor:
         small = latent.float() if latent.dtype != torch.float64 else latent
-        height, width = latent.shape[-2:]
+        if small.dim() == 5:
+            small = small.squeeze(2)
+        small = small / _over_places(self.scale, small) + _over_places(self.shift, small)
+        if self.packing > 1:
+            small = F.pixel_shuffle(small, self.packing)
+        height, width = small.shape[-2:]
         small_height, small_width = self.latent_size(height, width)
         # Matrix products instead of F.interpolate(mode="area"): its backward on CUDA adds up in any order where the sizes do not divide,
         # so that no picture could be made again to the pixel, and on MPS such sizes are refused.
@@ -74,24 +86,39 @@ class VaeDecoder:
             small = small @ _area(width, small_width, small.dtype, small.device).T
         if small_height != height:
             small = _area(height, small_height, small.dtype, small.device) @ small
-        pictures = self.decode((small / self.scale + self.shift).to(self.dtype))
+        pictures = self.decode(small.to(self.dtype))
         return pictures if pictures.dtype == torch.float64 else pictures.float()
 
     def to(self, device: torch.device) -> VaeDecoder:
-        if isinstance(self.decode, nn.Module):
-            # Moved under inference mode, a weight would be an inference tensor, which autograd refuses.
-            with torch.inference_mode(False), torch.no_grad():
+        # Moved under inference mode, a weight would be an inference tensor, which autograd refuses.
+        with torch.inference_mode(False), torch.no_grad():
+            if isinstance(self.decode, nn.Module):
                 self.decode.to(device)
+            self.scale, self.shift = (
+                value.detach().to(device, copy=True) if isinstance(value, Tensor) else value for value in (self.scale, self.shift)
+            )
         return self
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the latent that is decoded, for one of that size."""
+        """(height, width) of what is decoded, for a latent that has so many places on the VAE's grid."""
         if self.pixels is None:
             return height, width
         ratio = self.pixels / (self.factor * math.sqrt(height * width))
         if ratio >= 1:
             return height, width
         return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+def _over_places(values: float | Tensor, latent: Tensor) -> float | Tensor:
+    """A latent space's statistics as something that broadcasts with a latent (B, C, h, w)."""
+    if not isinstance(values, Tensor):
+        return values
+    values = values.to(latent)
+    if values.dim() == 1:
+        return values[:, None, None]
+    height, width = latent.shape[-2:]
+    rows, columns = -(-height // values.shape[1]), -(-width // values.shape[2])
+    return values.repeat(1, rows, columns)[:, :height, :width]
 
 
 # Kept on the device: a copy from ordinary memory makes the host wait for all that the device has been given to do.
@@ -109,6 +136,19 @@ def _area(length: int, size: int, dtype: torch.dtype, device: torch.device) -> T
 def decoding_half(post_quant_conv: nn.Module | None, decoder: nn.Module) -> nn.Module:
     """The half of an autoencoder that makes pictures, from its own units; some have no convolution in front of it."""
     return nn.Sequential(decoder) if post_quant_conv is None else nn.Sequential(post_quant_conv, decoder)
+
+
+class OneFrame(nn.Module):
+    """A decoder of videos, (B, C, 1, h, w) to frames or a list of stretches of them, as one of pictures."""
+
+    def __init__(self, first: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.first = first
+        self.decoder = decoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        frames = self.decoder(self.first(latent.unsqueeze(2)))
+        return (frames if isinstance(frames, Tensor) else frames[0])[:, :, 0]
 
 
 class ZeroToOne(nn.Module):
@@ -165,4 +205,4 @@ def _fresh(values: Tensor, dtype: torch.dtype, device: torch.device | str) -> Te
     return torch.empty(values.shape, dtype=kind, device=device).copy_(values.detach())
 
 
-__all__ = ["SMALL_PIXELS", "LatentDecoder", "VaeDecoder", "ZeroToOne", "decoding_half", "private_copy"]
+__all__ = ["SMALL_PIXELS", "LatentDecoder", "OneFrame", "VaeDecoder", "ZeroToOne", "decoding_half", "private_copy"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib_dynfuse.guidance.decode import LatentDecoder, VaeDecoder, private_copy
+from lib_dynfuse.guidance.decode import LatentDecoder, OneFrame, VaeDecoder, private_copy
 
 
 class Decoder(nn.Module):
@@ -39,6 +39,59 @@ def test_the_latent_is_brought_to_the_units_of_the_vae():
     seen = []
     VaeDecoder(lambda latent: seen.append(latent) or latent, scale=0.3611, shift=0.1159)(latents(2, 16, 4, 4))
     torch.testing.assert_close(seen[0], latents(2, 16, 4, 4) / 0.3611 + 0.1159)
+
+
+def test_every_channel_may_have_its_own_mean_and_spread():
+    mean, std = latents(16, seed=1).double(), latents(16, seed=2).double().exp()
+    seen = []
+    latent = latents(2, 16, 1, 6, 4).double()
+    VaeDecoder(lambda given: seen.append(given) or given, scale=1 / std, shift=mean, dtype=torch.float64)(latent)
+    expected = latent[:, :, 0]
+    expected = torch.stack([expected[:, c] * std[c] + mean[c] for c in range(16)], 1)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_a_packed_latent_is_unpacked_after_its_statistics_and_before_it_is_reduced():
+    mean, std = latents(12, seed=1).double(), latents(12, seed=2).double().exp()
+    latent = latents(1, 12, 4, 4).double()
+    full = torch.empty(1, 3, 8, 8, dtype=torch.float64)
+    for c in range(3):
+        for i in range(2):
+            for j in range(2):
+                channel = c * 4 + i * 2 + j
+                full[:, c, i::2, j::2] = latent[:, channel] * std[channel] + mean[channel]
+    whole = VaeDecoder(nn.Identity(), scale=1 / std, shift=mean, packing=2, dtype=torch.float64)
+    torch.testing.assert_close(whole(latent), full)
+    small = VaeDecoder(nn.Identity(), scale=1 / std, shift=mean, packing=2, dtype=torch.float64, pixels=32)
+    assert small.latent_size(8, 8) == (4, 4)
+    torch.testing.assert_close(small(latent), full.reshape(1, 3, 4, 2, 4, 2).mean((3, 5)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5)])
+def test_statistics_may_repeat_over_the_places(height, width):
+    scale, latent = latents(3, 2, 2, seed=3).exp(), latents(2, 3, height, width)
+    pictures = VaeDecoder(nn.Identity(), scale=scale)(latent)
+    for row in range(height):
+        for column in range(width):
+            torch.testing.assert_close(pictures[:, :, row, column], latent[:, :, row, column] / scale[:, row % 2, column % 2])
+
+
+@pytest.mark.parametrize("stretches", [True, False])
+def test_a_decoder_of_videos_makes_pictures(stretches):
+    first, second = nn.Conv3d(4, 5, 1), nn.Conv3d(5, 3, (1, 3, 3), padding=(0, 1, 1))
+
+    class Videos(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = second
+
+        def forward(self, latent):
+            frames = self.last(latent)
+            return [frames] if stretches else frames
+
+    latent = latents(2, 4, 6, 6)
+    expected = second(first(latent.unsqueeze(2)))[:, :, 0]
+    torch.testing.assert_close(OneFrame(first, Videos())(latent), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -158,6 +158,9 @@ class GuidedPass:
                 return None
             assert self._encoders is not None
             device = facts.latent.device
+            if facts.latent.dim() == 5 and facts.latent.shape[2] > 1:
+                self.stop("The picture was not guided: it is a video, of which the references are single pictures.")
+                return None
             try:
                 chain = self._chain(cfg_denoiser, device)
             except NotGuidable as reason:
@@ -176,11 +179,11 @@ class GuidedPass:
         module = self._decoders.copy_of(vae.identity, vae.decoder, dtype, device)
 
         def small(pixels: int, name: str) -> LatentDecoder:
-            return VaeDecoder(module, scale=vae.scale, shift=vae.shift, dtype=dtype, pixels=pixels, name=name)
+            return VaeDecoder(module, scale=vae.scale, shift=vae.shift, packing=vae.packing, dtype=dtype, pixels=pixels, name=name)
 
         chain = [small(SMALL_PIXELS, "vae-small"), small(_SMALLEST_PIXELS, f"vae-small at {_SMALLEST_PIXELS} pixels")]
         if self.settings.decoder == "vae":
-            return [VaeDecoder(module, scale=vae.scale, shift=vae.shift, dtype=dtype), *chain]
+            return [VaeDecoder(module, scale=vae.scale, shift=vae.shift, packing=vae.packing, dtype=dtype), *chain]
         if self.settings.decoder == "taesd":
             taesd = self._taesd(cfg_denoiser, device)
             return [taesd, *chain] if taesd is not None else chain

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...guidance.decode import decoding_half
+from ...guidance.decode import OneFrame, decoding_half
 from .capabilities import Call, Value
 from .comfy_patches import PatcherTextEncoders
 from .forge import ForgeCheckpoints, ForgeDenoisers, ForgeSamplers, dequantised, engine_of, unet_of
@@ -47,12 +48,48 @@ class NeoSamplers(ForgeSamplers):
     def vae(self, cfg_denoiser: Any) -> HostVae:
         patcher = engine_of(cfg_denoiser).forge_objects.vae
         model = patcher.first_stage_model
-        latent = getattr(model, "latent_format", None)  # diffusion_engine/base.py:32; earlier ones have Forge's numbers on the VAE
-        if not hasattr(model, "decoder") or hasattr(model, "bn") or hasattr(latent, "latents_mean"):
+        if not hasattr(model, "decoder"):
             raise NotGuidable("The picture was not guided: DynFuse cannot read the latents of this model.")
-        scale, shift = (model.scaling_factor, model.shift_factor) if latent is None else (latent.scale_factor, latent_shift(latent))
-        decoder = decoding_half(getattr(model, "post_quant_conv", None), model.decoder)
-        return HostVae(decoder, scale=scale, shift=shift or 0.0, dtype=patcher.vae_dtype, identity=id(model))
+        if hasattr(model, "conv2") and not hasattr(model, "post_quant_conv"):  # Wan's, of videos (backend/nn/wan_vae.py:405)
+            decoder: nn.Module = OneFrame(model.conv2, model.decoder)
+        else:
+            decoder = decoding_half(getattr(model, "post_quant_conv", None), model.decoder)
+        scale, shift, packing = latent_space(model)
+        return HostVae(decoder, scale=scale, shift=shift, packing=packing, dtype=patcher.vae_dtype, identity=id(model))
+
+    def taesd_decoder(self, cfg_denoiser: Any) -> nn.Module | None:
+        model = engine_of(cfg_denoiser).forge_objects.vae.first_stage_model
+        if hasattr(getattr(model, "latent_format", None), "latents_mean"):
+            raise RuntimeError("the WebUI's one for this model is for videos")
+        return super().taesd_decoder(cfg_denoiser)
+
+
+def latent_space(vae: Any) -> tuple[float | Tensor, float | Tensor, int]:
+    """scale, shift and packing of a VAE's latents, as guidance.decode.VaeDecoder takes them.
+
+    Flux.2's are normalised by a batch norm in the VAE, whose channels are packed (backend/nn/vae.py:378); Mugen's latent is unpacked, but
+    its statistics are not (:393). Wan's and Qwen-Image's have a mean and a spread for each channel (huggingface_guess/latent.py, Wan21).
+    """
+    latent = getattr(vae, "latent_format", None)  # diffusion_engine/base.py:32; earlier ones have Forge's numbers on the VAE
+    if hasattr(vae, "bn"):
+        scale = 1.0 / (_numbers(vae.bn.running_var) + vae.bn_eps).sqrt()
+        shift = _numbers(vae.bn.running_mean)
+        packing = int(vae.ps[0])
+        if getattr(vae, "mugen", False):
+            scale, shift = (F.pixel_shuffle(values.view(1, -1, 1, 1), packing)[0] for values in (scale, shift))
+            packing = 1
+        return scale, shift, packing
+    if latent is not None and hasattr(latent, "latents_mean"):
+        return latent.scale_factor / _numbers(latent.latents_std), _numbers(latent.latents_mean), 1
+    if latent is None:
+        return vae.scaling_factor, vae.shift_factor or 0.0, 1
+    return latent.scale_factor, latent_shift(latent), 1
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """By channel, as normal tensors: the host's may be inference tensors."""
+    with torch.inference_mode(False), torch.no_grad():
+        return values.detach().flatten().to(torch.float32, copy=True)
 
 
 def latent_shift(latent: Any) -> float:
@@ -100,4 +137,4 @@ def _plain(weight: Tensor) -> Tensor:
     return dequantised(weight)
 
 
-__all__ = ["NEO", "NeoDenoisers", "NeoSamplers", "NeoTextEncoders"]
+__all__ = ["NEO", "NeoDenoisers", "NeoSamplers", "NeoTextEncoders", "latent_space"]

@@ -141,13 +141,16 @@ class NotGuidable(RuntimeError):
 
 @dataclass(frozen=True)
 class HostVae:
-    """A WebUI's VAE. decoder: from the VAE's own units, latent / scale + shift, to pictures in [-1, 1]. identity: changes with it."""
+    """A WebUI's VAE. decoder: from the VAE's own units to pictures in [-1, 1]. scale, shift, packing: from the model's latents to those
+    units (guidance.decode.VaeDecoder). identity: changes with the VAE.
+    """
 
     decoder: nn.Module
-    scale: float
-    shift: float
+    scale: float | Tensor
+    shift: float | Tensor
     dtype: torch.dtype
     identity: object
+    packing: int = 1
 
 
 @dataclass(frozen=True)
