@@ -1,0 +1,91 @@
+"""What the documents say of the program, held against the program."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lib_dynfuse.settings import FuseSettings, field_metadata, field_types, format_value
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("dynfuse_world/*.md")])
+
+# The index's tags.json and the fields that its validator asks for (AUTOMATIC1111/stable-diffusion-webui-extensions, 2026-05).
+INDEX_TAGS = {
+    "script", "localization", "tab", "dropdown", "ads", "installed", "training", "models", "UI related", "prompting", "editing", "manipulations",
+    "online", "animation", "query", "science", "extras",
+}  # fmt: skip
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    titles = re.findall(r"^#+ +(.*?) *$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^    .*$", "", page.read_text(encoding="utf-8"), flags=re.M)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{link} in {page.name} leads nowhere"
+        assert not anchor or anchor in anchors(path), f"{link} in {page.name} has no such heading"
+
+
+def settings_table() -> dict[str, list[str]]:
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/settings.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) == len({key for key, _ in rows}), "a setting stands there twice"
+    return {key: [cell.strip() for cell in cells.split("|")] for key, cells in rows}
+
+
+def test_the_table_has_every_setting_in_order() -> None:
+    assert list(settings_table()) == list(field_types())
+
+
+@pytest.mark.parametrize("name", field_types())
+def test_the_table_says_default_and_choices(name: str) -> None:
+    default, values, meaning = settings_table()[name]
+    assert default == format_value(getattr(FuseSettings(), name))
+    metadata = field_metadata(name)
+    if metadata["choices"]:
+        assert {choice.strip() for choice in values.split(",")} == set(metadata["choices"])
+    if metadata["minimum"] is not None:
+        assert values.startswith(("from ", "")) and format_value(float(metadata["minimum"])) in re.split(r"[^\d.\-]+", values)
+    assert meaning
+
+
+def test_every_method_is_explained() -> None:
+    explained = re.findall(r"^\| `([a-z][\w-]*)` \|", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), re.M)
+    explained.remove("method")  # the head of the table
+    assert sorted(explained) == sorted(field_metadata("method")["choices"])
+
+
+def test_the_readme_is_short() -> None:
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(text.split()) <= 600
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, queue = set(), [ROOT / "README.md"]
+    while queue:
+        page = queue.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        links = re.findall(r"\]\(([^)\s#]+\.md)[^)]*\)", page.read_text(encoding="utf-8"))
+        queue += [(page.parent / link).resolve() for link in links if "://" not in link]
+    assert set(PAGES) <= reached
+
+
+def test_the_entry_for_the_extension_index() -> None:
+    entry = json.loads((ROOT / "docs/extension-index/dynfuse.json").read_text(encoding="utf-8"))
+    assert set(entry) == {"name", "url", "description", "tags"}  # the date is added by the index itself
+    assert re.fullmatch(r"https://[^ ]+\.git", entry["url"])
+    assert set(entry["tags"]) <= INDEX_TAGS - {"installed", "localization"}
+    assert "online" not in entry["tags"] and entry["description"].isascii()
