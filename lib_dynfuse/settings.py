@@ -368,12 +368,69 @@ class FuseSettings:
         minimum=0,
         slider=(0, 1024, 16),
     )
+    contrast: float = setting(
+        0.0,
+        "Contrast",
+        "Stronger LoRAs without burning: moves the prompt's prediction away from what the model would draw without any of the LoRAs. In "
+        "units of the CFG scale: 1 is as much as one step of CFG. 0 is none. Costs one more prediction of the prompt at the steps at which "
+        "it is made.",
+        minimum=0.0,
+        slider=(0.0, 5.0, 0.1),
+    )
+    style_contrast: float = setting(
+        0.0,
+        "Contrast to the style alone",
+        "The same, away from what the style's LoRAs would draw alone: more of the subject.",
+        minimum=0.0,
+        slider=(0.0, 5.0, 0.1),
+    )
+    subject_contrast: float = setting(
+        0.0,
+        "Contrast to the subject alone",
+        "The same, away from what the subject's LoRAs would draw alone: more of the style.",
+        minimum=0.0,
+        slider=(0.0, 5.0, 0.1),
+    )
+    contrast_every: int = setting(
+        1,
+        "Contrast made every",
+        "Make the direction of the contrast anew only at every n-th step, and keep it in between: nearly as good, and cheaper.",
+        minimum=1,
+        slider=(1, 10, 1),
+    )
+    contrast_start: float = setting(
+        0.0,
+        "Contrast starts",
+        "The contrast begins at this fraction of the steps.",
+        minimum=0.0,
+        maximum=1.0,
+        slider=(0.0, 1.0, 0.05),
+    )
+    contrast_end: float = setting(
+        1.0,
+        "Contrast ends",
+        "The contrast ends at this fraction of the steps.",
+        minimum=0.0,
+        maximum=1.0,
+        slider=(0.0, 1.0, 0.05),
+    )
+    negative_weight: float = setting(
+        1.0,
+        "Weight in the negative prompt",
+        "Factor on the LoRAs where the model sees the negative prompt, in the denoiser. 1: as for the prompt. 0: none of them there "
+        "(CRAFT-LoRA's asymmetric guidance).",
+        minimum=0.0,
+        slider=(0.0, 2.0, 0.05),
+    )
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
             object.__setattr__(self, name, _checked(name, kind, getattr(self, name)))
         if self.start > self.end:
             raise SettingsError(f"start ({format_value(self.start)}) must not be after end ({format_value(self.end)})")
+        if self.contrast_start > self.contrast_end:
+            begin, end = format_value(self.contrast_start), format_value(self.contrast_end)
+            raise SettingsError(f"contrast_start ({begin}) must not be after contrast_end ({end})")
         for side in LORA_FIELDS:
             self._schedules(side)
             self._block_texts(side)
@@ -478,6 +535,13 @@ _PAPER: dict[str, Any] = {
     "decide": "now",
     "decide_every": 1,
     "vote_tokens": 0,
+    "contrast": 0.0,
+    "style_contrast": 0.0,
+    "subject_contrast": 0.0,
+    "contrast_every": 1,
+    "contrast_start": 0.0,
+    "contrast_end": 1.0,
+    "negative_weight": 1.0,
 }
 """Sections 4.1, 4.2 and 5.1 of the paper (arXiv 2602.15539); what it leaves open is as in the defaults."""
 

@@ -48,7 +48,8 @@ class FusionState:
     schedules: of the B LoRAs. active: whether the layers add anything. sampling: whether they keep samples for the next decision.
     weights: (S, I or 1, B), the rule's, where this step has them before it begins; left_out: sites that they do not hold for.
     paired: whether the sites' pairs hold. undecided: rows ran in this step before their image's choice was known. fallbacks: choices so
-    made. rebound: a layer's type or device changed. collected: (site, images, (rows, B)) of samples that were measured at once.
+    made. rebound: a layer's type or device changed. only: LoRAs that are added alone, each at its strength, whatever the rule says; None:
+    all, as the rule says. collected: (site, images, (rows, B)) of samples that were measured at once.
     """
 
     settings: FuseSettings
@@ -64,6 +65,7 @@ class FusionState:
     undecided: bool = False
     fallbacks: int = 0
     rebound: bool = False
+    only: tuple[int, ...] | None = None
     collected: list[tuple[int, tuple[int, ...], Tensor]] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
     levels: tuple[float, ...] = ()
@@ -74,6 +76,7 @@ class FusionState:
     _indices: dict[torch.device, RowIndices] = field(default_factory=dict)
     _level_tensors: dict[torch.device, Tensor] = field(default_factory=dict)
     _by_row: dict[tuple[Rows, int, torch.device], Tensor] = field(default_factory=dict)
+    _factors: dict[tuple[Rows, int, torch.device], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.varying = any(schedule.constant is None for schedule in self.schedules)
@@ -95,6 +98,13 @@ class FusionState:
         """These weights hold for the whole step."""
         self.weights, self.left_out = weights, left_out
         self._by_row.clear()
+
+    def hold_given(self, device: torch.device) -> None:
+        """Hold the weights of a rule that needs no votes, once the device is known: from the first layer on."""
+        if self.weights is None and not self.rule.measures:
+            assert self.step is not None
+            self.rule.device = device
+            self.hold(self.rule.weights(self.step, None))
 
     # Rows.
 
@@ -128,10 +138,7 @@ class FusionState:
 
     def weights_of(self, site: FusedSite, batch: int, device: torch.device) -> Tensor | None:
         """The held weights of a site's entries, (entries, B); None where it is to decide itself."""
-        if self.weights is None and not self.rule.measures:
-            assert self.step is not None
-            self.rule.device = device  # known from the first layer on
-            self.hold(self.rule.weights(self.step, None))
+        self.hold_given(device)
         if self.weights is None or site.number in self.left_out:
             return None
         entries = self.entries(batch)
@@ -145,6 +152,21 @@ class FusionState:
                 weights = weights.index_select(1, self.indices(device).numbers(rows.images))
             self._by_row[key] = weights.repeat_interleave(fold, 1) if fold > 1 else weights
         return self._by_row[key][site.number]
+
+    def row_factors(self, batch: int, device: torch.device) -> Tensor | None:
+        """(entries,) float32: what the LoRAs are multiplied by in each entry, beside their weights; None where that is 1 in all."""
+        negative = self.settings.negative_weight
+        if negative == 1.0:
+            return None
+        entries = self.entries(batch)
+        if all(entries.rows.conditional):
+            return None
+        key = (entries.rows, entries.fold, device)
+        if key not in self._factors:
+            prompts = self.indices(device).numbers([int(sees) for sees in entries.rows.conditional]).float()
+            factors = prompts + (1.0 - prompts) * negative
+            self._factors[key] = factors.repeat_interleave(entries.fold) if entries.fold > 1 else factors
+        return self._factors[key]
 
     # LoRAs.
 
@@ -180,8 +202,12 @@ class FusionState:
     # Strengths that vary with the step.
 
     def strengths(self) -> Sequence[float]:
-        """Each LoRA's strength at this step; empty while nothing is added."""
-        return self.step_strengths if self.active else ()
+        """Each LoRA's strength at this step, 0 for those that are left out of the call; empty while nothing is added."""
+        if not self.active:
+            return ()
+        only = self.only
+        strengths = self.step_strengths
+        return strengths if only is None else [own if member in only else 0.0 for member, own in enumerate(strengths)]
 
     @property
     def step_strengths(self) -> tuple[float, ...]:

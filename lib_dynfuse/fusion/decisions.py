@@ -31,7 +31,7 @@ Numbers = tuple[int, ...]
 
 
 class Decisions:
-    """Of one session. begun: steps begun since the start."""
+    """Of one session. begun: steps begun since the start. under_way: whether the last of them is not over."""
 
     def __init__(self, state: FusionState, sites: Sequence[FusedSite], recorder: TraceRecorder):
         self.begun = 0
@@ -40,7 +40,7 @@ class Decisions:
         self._recorder = recorder
         # Between these sites' LoRAs a rule that measures has to choose.
         self._compared = tuple(site.number for site in sites if len(site.members) > 1)
-        self._under_way = self._called = False
+        self.under_way = self._called = False
         self._blocks: list[_Block] = []
         self._held: Tensor | None = None  # (S, images or 1, B): the weights of the steps to come
         self._known: set[int] = set()  # the sites that it holds for
@@ -62,14 +62,14 @@ class Decisions:
         for site in self._sites:
             site.forget()
         state.begin(step)
-        self._under_way, self._called, self._undone = True, False, state.fallbacks
+        self.under_way, self._called, self._undone = True, False, state.fallbacks
         self._tally.clear()
         chooses = self.begun % settings.decide_every == 0
         state.sampling = False
         if not rule.measures:
-            if self._blocks and not rule.uniform and not (rule.constant and self._held is not None):
+            if self._blocks and not (rule.uniform or rule.composes) and not (rule.constant and self._held is not None):
                 self._held = rule.weights(step, None)
-            if self._blocks:
+            if self._blocks and not rule.composes:
                 self._apply()
         elif self._held is not None and not self._in_layers and (settings.decide == "next" or not chooses):
             state.sampling = chooses
@@ -77,9 +77,9 @@ class Decisions:
         self.begun += 1
 
     def end(self) -> None:
-        if not self._under_way:
+        if not self.under_way:
             return
-        self._under_way = False
+        self.under_way = False
         if not self._called:  # another model took over before a call: no step of this one
             self.begun -= 1
             return
@@ -108,7 +108,7 @@ class Decisions:
         self._recorder.steps.clear()
         self._state.fallbacks = 0
         self._state.rule.restart()
-        self._held, self._under_way, self.begun = None, False, 0
+        self._held, self.under_way, self.begun = None, False, 0
         self._known.clear()
         self._tally.clear()
 
@@ -119,7 +119,7 @@ class Decisions:
         self._in_place = self._places = None
 
     def trace(self) -> Trace:
-        if not (self._under_way and self._called):
+        if not (self.under_way and self._called):
             return self._recorder.trace(self._state.fallbacks)
         steps = [*self._recorder.steps, record] if (record := self._record()).weights else self._recorder.steps
         return replace(self._recorder, steps=list(steps)).trace(self._state.fallbacks)
@@ -141,7 +141,7 @@ class Decisions:
     # Calls.
 
     def call_begins(self) -> None:
-        if not self._under_way:
+        if not self.under_way:
             self.begin(Step.of(self.begun, 0))
         self._called = True
 

@@ -119,8 +119,15 @@ class FusedLayer(PatchedLayer):
     def _add(self, site: FusedSite, view: View) -> None:
         state = self.state
         operators = self.operators_of(site, view.device, view.dtype)
+        if state.only is not None:
+            self._add_alone(site, operators, view, state.only)
+            return
         if state.sampling and len(site.members) > 1 and site.number not in state.left_out:
             self._sample(site, operators, view)
+        factors = state.row_factors(view.batch, view.device)
+        if factors is not None:
+            self._add_by_row(site, operators, view, factors)
+            return
         if state.paired and (site.pair is not None or site.silent):
             if site.pair is not None:
                 view.add_pair(*site.pair, 1.0)
@@ -140,6 +147,33 @@ class FusedLayer(PatchedLayer):
             self._add_selected(site, operators, view, weights[:1])
         else:
             self._add_weighted(operators, view, state.with_levels(state.columns(weights, site.members), site.members))
+
+    def _add_by_row(self, site: FusedSite, operators: Operators, view: View, factors: Tensor) -> None:
+        """As _add, with a factor on each row. factors: (N,)."""
+        state = self.state
+        if state.rule.uniform or (state.rule.measures and len(site.members) == 1):
+            weights = torch.ones(view.batch, len(site.members), device=view.device)
+        else:
+            held = state.weights_of(site, view.batch, view.device)
+            weights = state.columns(self._decided_here(site, operators, view) if held is None else held, site.members)
+        weights = state.with_levels(weights, site.members)
+        self._add_weighted(operators, view, weights * factors.view(-1, *[1] * (weights.dim() - 1)))
+
+    def _add_alone(self, site: FusedSite, operators: Operators, view: View, only: tuple[int, ...]) -> None:
+        """The sum of some LoRAs, consecutive ones, each at its strength."""
+        state = self.state
+        places = [place for place, member in enumerate(site.members) if member in only and state.level(member)]
+        if not places:
+            return
+        span = slice(places[0], places[-1] + 1)
+        members = site.members[span]
+        weights = state.member_levels(members, view.device)
+        factors = state.row_factors(view.batch, view.device)
+        if weights is not None or factors is not None:
+            weights = torch.ones(len(members), device=view.device) if weights is None else weights
+            weights = weights.expand(view.batch, -1)
+            weights = weights if factors is None else weights * factors[:, None]
+        self._add_weighted(operators.of_members(span), view, weights)
 
     def _add_one(self, operators: Operators, view: View, level: float) -> None:
         """The only LoRA of a site, at its strength."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,26 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..lora.branch import NormShift
+from .call import FusionState
 from .patching import PatchedLayer, argument
-
-Strengths = Callable[[], Sequence[float]]
-"""Each LoRA's strength at the step under way."""
 
 
 class ShiftedNorm(PatchedLayer):
     """y = y0 + sum over b of s_b (xhat * dg_b + db_b), xhat the normalised input."""
 
-    def __init__(self, name: str, module: nn.Module, shifts: Sequence[tuple[int, NormShift, float]], strengths: Strengths):
-        """shifts: (number of the LoRA, its shift, the factor of the layer's block). strengths: of all LoRAs."""
+    def __init__(self, name: str, module: nn.Module, shifts: Sequence[tuple[int, NormShift, float]], state: FusionState):
+        """shifts: (number of the LoRA, its shift, the factor of the layer's block)."""
         super().__init__(name, module)
         self.shifts = shifts
-        self._strengths = strengths
+        self._state = state
         self._copies: dict[int, Tensor] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x: (N, C, ...) for a group norm, (..., C) for a layer or RMS norm."""
         y = self._base(*args, **kwargs)
-        strengths = self._strengths()
+        strengths = self._state.strengths()
         if not strengths:
             return y
         x = argument(args, kwargs)
@@ -41,6 +39,9 @@ class ShiftedNorm(PatchedLayer):
             shift = shift + self._normalised(x.float(), groups) * gain.reshape(shape)
         if offset is not None:
             shift = shift + offset.reshape(shape)
+        factors = self._state.row_factors(y.shape[0], y.device)
+        if factors is not None:
+            shift = shift * factors.view(-1, *[1] * (y.dim() - 1))
         return y + shift.to(y.dtype)
 
     def _sum(self, strengths: Sequence[float], part: str, device: torch.device) -> Tensor | None:
@@ -74,4 +75,4 @@ class ShiftedNorm(PatchedLayer):
         self._copies.clear()
 
 
-__all__ = ["ShiftedNorm", "Strengths"]
+__all__ = ["ShiftedNorm"]

@@ -42,6 +42,11 @@ class Operators:
         assert self.downs is not None and self.ups is not None
         return (*self.downs.shape, self.out)
 
+    def of_members(self, span: slice) -> Operators:
+        """Of these of the P LoRAs alone; the same memory."""
+        parts = (part if part is None else part[span] for part in (self.downs, self.ups, self.dense, self.biases))
+        return Operators(self.device, self.dtype, self.out, *parts)
+
     @classmethod
     def make(cls, branches: Sequence[LowRank | Dense], strengths: Sequence[float], device: torch.device, dtype: torch.dtype) -> Operators:
         """strengths: one for each branch. Makes normal tensors, also under inference mode."""

@@ -39,11 +39,13 @@ from ..lora.matching import SiteBranch
 from ..lora.naming import Site
 from ..settings import FuseSettings, SettingsError
 from ..strength import BlockText, one_each
+from .batches import ModelCall
 from .call import FusionState
 from .decisions import Decisions
 from .layer import FusedLayer, FusedSite
 from .norm import ShiftedNorm
-from .patching import PatchedLayer
+from .patching import PatchedLayer, argument
+from .predictions import Call, Predictions
 from .rows import Rows
 from .rules import RULES, Member, Places, Rule
 from .step import Step
@@ -147,6 +149,7 @@ class FusionSession:
 
         rule.prepare(Places(places, members, present, settings, change))
         self._decisions = Decisions(self._state, [site for _, site in sites], TraceRecorder(places, members, present, strengths))
+        self._predictions = Predictions(self._state, [member.subject for member in members], self._alone)
 
     @property
     def rows(self) -> Rows | None:
@@ -167,11 +170,14 @@ class FusionSession:
     def begin(self, step: Step | None = None) -> None:
         """A denoiser step begins. step: None for the one after the last, of as many as the session was told."""
         self.end_step()
-        self._decisions.begin(step or Step.of(self._decisions.begun, self._steps))
+        step = step or Step.of(self._decisions.begun, self._steps)
+        self._decisions.begin(step)
+        self._predictions.begin(step)
 
     def repeat(self) -> None:
         """The step's calls are made once more, with the choices that the first ones brought."""
         self._decisions.repeat()
+        self._predictions.repeat()
 
     def end_step(self) -> None:
         """The step's calls are over: what was measured in them decides for the steps to come. Does nothing where none is under way."""
@@ -180,6 +186,7 @@ class FusionSession:
     def restart(self) -> None:
         """Begin another image on the same model with an empty record; the LoRAs on the device are kept."""
         self._decisions.restart()
+        self._predictions.restart()
 
     @contextmanager
     def attached(self, rows: Rows | None = None) -> Iterator[FusionSession]:
@@ -203,6 +210,56 @@ class FusionSession:
                 for layer in self.layers:
                     layer.detach()
             state.rows = rows if rows is not None else before
+
+    def predict(self, call: Call, rows: Rows | None = None, scale: float = 1.0) -> Any:
+        """A model call's prediction under the fusion: with the settings' contrast, and of as many predictions as the rule is made of.
+
+        call: (positions of rows, or None for all of them) -> the model's prediction for these, (n, ...); it is called with the LoRAs
+        that it needs on the layers, and may be called several times. rows: all of the call's; None: every row an image of its own. scale:
+        the CFG scale that the rows will be combined with. What is not a tensor is handed on as it is.
+        """
+        if not self._decisions.under_way:
+            self.begin()
+        if self._state.rule.composes:
+            prediction = self._composed(call, rows)
+        else:
+            with self.attached(rows):
+                prediction = call(None)
+        return self._predictions.moved(prediction, scale, call)
+
+    @property
+    def predicted_rows(self) -> tuple[int, int]:
+        """Rows that the model was run on through predict: by the fusion itself, and beside it."""
+        return self._predictions.own_rows, self._predictions.other_rows
+
+    def _composed(self, call: Call, rows: Rows | None) -> Any:
+        with self.attached(rows):
+            heard = [member for member, schedule in enumerate(self._state.schedules) if schedule.full] or [0]
+            predictions = []
+            for member in heard:
+                with self._alone((member,), self._state.rows):
+                    predictions.append(call(None))
+            self._state.hold_given(predictions[0].device)
+            return torch.stack(predictions).mean(0)
+
+    @contextmanager
+    def _alone(self, members: tuple[int, ...], rows: Rows | None) -> Iterator[None]:
+        """Only these LoRAs on the layers, each at its strength at this step, whatever the rule says; nothing is measured."""
+        state = self._state
+        before = state.only, state.rows, state.active
+        self._depth += 1
+        try:
+            if self._depth == 1 and members:
+                for layer in self.layers:
+                    layer.attach()
+            state.only, state.rows, state.active = members, rows, bool(members)
+            yield
+        finally:
+            state.only, state.rows, state.active = before
+            self._depth -= 1
+            if self._depth == 0:
+                for layer in self.layers:
+                    layer.detach()
 
     def __enter__(self) -> FusionSession:
         self._context = self._attached_for_many_calls()
@@ -239,6 +296,7 @@ class FusionSession:
         trace = self.trace
         if trace.fallbacks:
             notes.append(f"{trace.fallbacks} choices were made on the negative prompt, because the WebUI ran it alone and first.")
+        notes += self._predictions.notes
         if trace.non_finite:
             notes.append(f"{trace.non_finite} divergences were not finite numbers; the LoRA named first was used there.")
         return notes
@@ -259,10 +317,11 @@ class _StepMarker(PatchedLayer):
         self.session = session
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.session.begin()
-        with self.session.attached():
-            result = self._base(*args, **kwargs)
-        self.session.end_step()
+        session = self.session
+        session.begin()
+        call = ModelCall(self._base, args, kwargs, argument(args, kwargs).shape[0])
+        result = call.of(session.predict(call, session.rows))
+        session.end_step()
         return result
 
 
@@ -320,7 +379,7 @@ def _find_layers(
     if settings.scope == "all":
         for name in sorted({name for found in norms for name in found}, key=lambda n: order[n]):
             shifts = [(member, found[name], factors[member](Site(name))) for member, found in enumerate(norms) if name in found]
-            layers.append(ShiftedNorm(name, modules[name], shifts, state.strengths))
+            layers.append(ShiftedNorm(name, modules[name], shifts, state))
             report.summed_norms.append(name)
     return layers
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from ..memory import is_out_of_memory
 from ..settings import FuseSettings
 from .correction import Level, Schedule, effective_m, exact_factor, fast_factor, limited
 from .decode import LatentDecoder
@@ -24,17 +25,6 @@ from .score import TERMS, Targets, score, similarities
 
 # Fractions of the steps come from sliders: 0.30000000000000004 is 0.3.
 _FRACTION_NOISE = 1e-6
-
-# The last four are what cuBLAS and cuDNN say when there is no room for their workspace.
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "allocate memory",
-    "not enough memory",
-    "alloc_failed",
-    "cublas_status_not_initialized",
-    "unable to find a valid cudnn algorithm",
-    "unable to find an engine to execute this computation",
-)
 
 
 @dataclass
@@ -270,17 +260,9 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that a device's or the machine's memory did not suffice."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return any(sign in text for sign in _OUT_OF_MEMORY)
-
-
 def _free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-__all__ = ["GuidanceRecord", "Guide", "is_out_of_memory", "wants_guidance"]
+__all__ = ["GuidanceRecord", "Guide", "wants_guidance"]

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ...guidance.decode import SMALL_PIXELS, LatentDecoder, VaeDecoder, decoding_half, private_copy
 from ...guidance.encoders import Encoders
-from ...guidance.guide import GuidanceRecord, Guide, is_out_of_memory
+from ...guidance.guide import GuidanceRecord, Guide
 from ...guidance.references import ReferenceCache
 from ...guidance.score import Targets
 from ...guidance.weights import EncoderSources, Progress
 from ...home import encoders_folder, references_folder
+from ...memory import is_out_of_memory
 from ...settings import FuseSettings
 from ..wrapping import wrapped
 from .schedulers import SchedulerStep, SchedulerSteps, packed, unpacking

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...fusion import FusionSession, Report, Rows, Trace
+from ...fusion.batches import ModelCall
 from ...guidance.encoders import Encoders, load_encoders
 from ...guidance.guide import GuidanceRecord, wants_guidance
 from ...guidance.references import Reference, reference_of_given, sides_needed
@@ -170,8 +171,9 @@ class FusedPipeline:
             session.begin(steps.next())
 
             def run(latent: torch.Tensor) -> Any:
-                with session.attached(rows):
-                    return forward(*args, **{**kwargs, name: latent}) if name else forward(latent, *args[1:], **kwargs)
+                given = ((*args,), {**kwargs, name: latent}) if name else ((latent, *args[1:]), kwargs)
+                model_call = ModelCall(forward, *given, latent.shape[0])
+                return model_call.of(session.predict(model_call, rows, scale_of(self.pipeline)))
 
             result = call.denoise(run, latent, kwargs, rows.count) if call else run(latent)
             session.end_step()
@@ -252,6 +254,11 @@ def rows_of(pipeline: Any, batch: int) -> Rows:
     return Rows((*range(images), *range(images)), (False,) * images + (True,) * images, images)
 
 
+def scale_of(pipeline: Any) -> float:
+    """The CFG scale that the rows of a denoiser call are combined with; 1 without CFG."""
+    return float(pipeline.guidance_scale) if getattr(pipeline, "do_classifier_free_guidance", False) else 1.0
+
+
 def _takes_negative_prompt(pipeline: Any) -> bool:
     return getattr(pipeline, "transformer", None) is None and "negative_prompt" in inspect.signature(pipeline.__call__).parameters
 
@@ -264,4 +271,4 @@ def _step_callback(progress: Callable[[int, int], None]) -> Callable[[Any, int, 
     return on_step_end
 
 
-__all__ = ["FusedImages", "FusedPipeline", "denoiser", "rows_of"]
+__all__ = ["FusedImages", "FusedPipeline", "denoiser", "rows_of", "scale_of"]

@@ -21,9 +21,10 @@ from .seams import argument
 class SamplingFacts:
     """One call of CFGDenoiser.forward.
 
-    latent: (B, C, h, w), its x. sigma: its noise level, in VE units or the flow time. step: where in the pass it is. schedule, level:
-    of the whole sampling, and where this step goes; None where the sampler's levels are not known. on_eps: x is VP-scaled and the
-    prediction is the noise; else x is VE or flow and the prediction D. mask: 0 where the picture is kept, None without inpainting.
+    latent: (B, C, h, w), its x. scale: the CFG scale. sigma: its noise level, in VE units or the flow time. step: where in the pass it
+    is. schedule, level: of the whole sampling, and where this step goes; None where the sampler's levels are not known. on_eps: x is
+    VP-scaled and the prediction is the noise; else x is VE or flow and the prediction D. mask: 0 where the picture is kept, None without
+    inpainting.
     denoised: (x, prediction) -> D, once the call has returned.
     """
 
@@ -35,6 +36,7 @@ class SamplingFacts:
     on_eps: bool
     mask: Tensor | None
     denoised: Callable[[Tensor, Tensor], Tensor]
+    scale: float = 1.0
 
     @property
     def unit(self) -> float:
@@ -79,6 +81,8 @@ class Sampling:
             on_eps=samplers.works_on_eps(cfg_denoiser),
             mask=cfg_denoiser.nmask if getattr(cfg_denoiser, "mask", None) is not None else None,
             denoised=lambda x, prediction: samplers.denoised(cfg_denoiser, x, s, prediction),
+            # forward(self, x, sigma, uncond, cond, cond_scale, ...)
+            scale=float(args[4] if len(args) > 4 else kwargs.get("cond_scale", 1.0)),
         )
 
     def _schedule_of(self, cfg_denoiser: Any) -> Schedule | None:

@@ -53,6 +53,17 @@ class ForgeDenoisers(Denoisers):
         images = len(cond.batch)
         return lambda x, arguments: rows_of_call(x.shape[0], images, arguments.get("transformer_options") or {})
 
+    def adjusted_rows(self, arguments: dict[str, Any], positions: tuple[int, ...], batch: int) -> dict[str, Any] | None:
+        options = arguments.get("transformer_options")
+        if not options or not options.get("cond_or_uncond"):
+            return arguments
+        entries = options["cond_or_uncond"]
+        conditional = [entry for entry in entries if entry == CONDITIONAL]
+        if len(positions) * len(entries) != len(conditional) * batch:
+            return None  # a part of a stretch
+        rows = {"cond_or_uncond": conditional, "cond_indices": list(range(len(positions))), "uncond_indices": []}
+        return {**arguments, "transformer_options": {**options, **{key: rows[key] for key in rows if key in options}}}
+
     def model_calls(self, around: Callable[..., Any]) -> AbstractContextManager[None]:
         from modules import sd_samplers_cfg_denoiser
 

@@ -17,9 +17,10 @@ from torch import nn
 from ...guidance.correction import Level
 from ...guidance.decode import SMALL_PIXELS, LatentDecoder, VaeDecoder, private_copy
 from ...guidance.encoders import Encoders
-from ...guidance.guide import GuidanceRecord, Guide, is_out_of_memory
+from ...guidance.guide import GuidanceRecord, Guide
 from ...guidance.references import Reference
 from ...guidance.score import Targets
+from ...memory import is_out_of_memory
 from ...settings import FuseSettings
 from .facts import SamplingFacts
 from .roles import NotGuidable, Samplers

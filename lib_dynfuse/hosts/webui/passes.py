@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ...fusion import FusionError, FusionSession, Report, Step, Trace
+from ...fusion.batches import Adjust, ModelCall
 from ...lora import LoraFile
 from ...settings import FuseSettings
 from .facts import Sampling
@@ -79,6 +80,7 @@ class FusionPass:
     sampling: Sampling = field(init=False)
     _session: FusionSession | None = field(default=None, init=False)
     _step: Step | None = field(default=None, init=False)
+    _scale: float = field(default=1.0, init=False)
     _key: object = field(default=None, init=False)
     _spare: tuple[object, FusionSession] | None = field(default=None, init=False)
     _identity: object = field(default=None, init=False)
@@ -130,7 +132,7 @@ class FusionPass:
             raise RuntimeError(self.error)
         cond = argument(args, kwargs, 3, "cond")  # forward(self, x, sigma, uncond, cond, ...)
         facts = self.sampling.facts(cfg_denoiser, args, kwargs)
-        self._step = facts.step
+        self._step, self._scale = facts.step, facts.scale
 
         def attach_again() -> None:
             self._hook.close()
@@ -207,7 +209,8 @@ class FusionPass:
         denoisers = self.roles.denoisers
         rows_of = denoisers.row_layout(cfg_denoiser, cond)
         self._hook.enter_context(denoisers.model_calls(functools.partial(_decided, session)))
-        self._hook.enter_context(fused_calls(denoisers.denoiser(cfg_denoiser), session, rows_of))
+        model = denoisers.denoiser(cfg_denoiser)
+        self._hook.enter_context(fused_calls(model, session, rows_of, self._scale, denoisers.adjusted_rows))
 
     def _session_for(self, cfg_denoiser: Any) -> FusionSession | None:
         """The session on the model that is loaded now; None where a refiner is left unfused."""
@@ -254,15 +257,20 @@ def _decided(session: FusionSession, calls: Callable[..., Any], *args: Any, **kw
 
 
 @contextmanager
-def fused_calls(model: nn.Module, session: FusionSession, rows_of: RowLayout) -> Iterator[None]:
-    """Every call of the model inside is made with the session attached. The model's own forward is back afterwards."""
+def fused_calls(
+    model: nn.Module, session: FusionSession, rows_of: RowLayout, scale: float = 1.0, adjust: Adjust | None = None
+) -> Iterator[None]:
+    """Every call of the model inside is the session's. The model's own forward is back afterwards.
+
+    scale: the CFG scale of this step. adjust: see fusion.batches.
+    """
     own = model.__dict__.get("forward")  # another extension's
     original = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["x"]
-        with session.attached(rows_of(x, kwargs)):
-            return original(*args, **kwargs)
+        call = ModelCall(original, args, kwargs, x.shape[0], adjust)
+        return call.of(session.predict(call, rows_of(x, kwargs), scale))
 
     model.__dict__["forward"] = forward
     try:

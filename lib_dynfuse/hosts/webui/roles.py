@@ -52,6 +52,10 @@ class Denoisers(ABC):
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         """How the rows of the model calls of one step are ordered. cond: the step's positive conditioning."""
 
+    def adjusted_rows(self, arguments: dict[str, Any], positions: tuple[int, ...], batch: int) -> dict[str, Any] | None:
+        """See fusion.batches.Adjust. arguments: of a call of the diffusion model. positions: of conditional rows."""
+        return arguments
+
     def model_calls(self, around: Callable[..., Any]) -> AbstractContextManager[None]:
         """Inside, around(original, ...) makes all model calls of a step, and may make them again; where the WebUI has no such place,
         around is never called.
