@@ -422,6 +422,22 @@ class FuseSettings:
         minimum=0.0,
         slider=(0.0, 2.0, 0.05),
     )
+    loser: float = setting(
+        0.0,
+        "Weight of the losers",
+        "For methods that choose one LoRA for each layer: how much of the others is used there all the same. 0: nothing, as in the papers. "
+        "0.5: half a choice. 1: the plain sum.",
+        minimum=0.0,
+        maximum=1.0,
+        slider=(0.0, 1.0, 0.05),
+    )
+    switch_every: int = setting(
+        5,
+        "Steps of a turn",
+        "For the method switch: after how many steps the next LoRA has its turn.",
+        minimum=1,
+        slider=(1, 20, 1),
+    )
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
@@ -542,6 +558,7 @@ _PAPER: dict[str, Any] = {
     "contrast_start": 0.0,
     "contrast_end": 1.0,
     "negative_weight": 1.0,
+    "loser": 0.0,
 }
 """Sections 4.1, 4.2 and 5.1 of the paper (arXiv 2602.15539); what it leaves open is as in the defaults."""
 

@@ -48,6 +48,7 @@ from .patching import PatchedLayer, argument
 from .predictions import Call, Predictions
 from .rows import Rows
 from .rules import RULES, Member, Places, Rule
+from .rules.softened import softened
 from .step import Step
 from .trace import Trace, TraceRecorder
 
@@ -117,6 +118,8 @@ class FusionSession:
         self._model = model
         self._steps = steps
         rule = rule or RULES[settings.method]()
+        if settings.loser and rule.selects:
+            rule = softened(rule)
         schedules = (
             *one_each(settings.subject_schedules, len(subjects), "subject_weight"),
             *one_each(settings.style_schedules, len(styles), "style_weight"),
@@ -147,7 +150,10 @@ class FusionSession:
             layer, fused = sites[site]
             return fused.bind(lambda: layer.weight_of(layer.module))[fused.members.index(member)]
 
-        rule.prepare(Places(places, members, present, settings, change))
+        try:
+            rule.prepare(Places(places, members, present, settings, change))
+        except SettingsError as reason:
+            raise FusionError(str(reason)) from None
         self._decisions = Decisions(self._state, [site for _, site in sites], TraceRecorder(places, members, present, strengths))
         self._predictions = Predictions(self._state, [member.subject for member in members], self._alone)
 

@@ -33,11 +33,15 @@ PRESET_TOOLTIPS = {
     "paper": "Set the method, its advanced settings and the guidance as in the paper's experiments. Exact gradients and the full VAE take "
     "several times as long, and much memory.",
 }
+TOP_ROW = ("method", "contrast")
 ADVANCED_ROWS = (
+    ("criterion",),
     ("te_weight", "bias"),
     ("granularity", "scope", "one_sided"),
     ("temperature", "balance"),
     ("decide", "decide_every", "vote_tokens"),
+    ("style_contrast", "subject_contrast", "contrast_every"),
+    ("contrast_start", "contrast_end", "negative_weight"),
     ("subject_weight_text", "style_weight_text"),
     ("hr", "subject_blocks", "style_blocks"),
 )
@@ -60,6 +64,14 @@ WEIGHT_TEXT_TOOLTIP = (
     "In place of the slider above: the weight over the steps, as points weight@place with straight lines between them. A place is a "
     "fraction of the steps (0.3), or a step's number (5). For several LoRAs also one each: 1+0.5. Empty: the slider's."
 )
+
+
+def _unplaced() -> list[tuple[str, ...]]:
+    """Rows of the settings that no table above has a place for: none is without a control."""
+    sides = (*LORA_FIELDS, *(f"{side}_{part}" for side in LORA_FIELDS for part in ("weight", "prompt", "image")), "reference_seed")
+    placed = {*sides, *TOP_ROW, *(name for row in (*ADVANCED_ROWS, *GUIDANCE_ROWS) for name in row)}
+    left = [name for name in field_types() if name not in placed]
+    return [tuple(left[start : start + 3]) for start in range(0, len(left), 3)]
 
 
 @dataclass(frozen=True)
@@ -161,12 +173,12 @@ def build(tab: str, host: WebUIHost) -> Panel:
             with gr.Column(elem_classes=["dynfuse-refresh"], scale=0, min_width=40):
                 create_refresh_button([fields[name] for name in LORA_FIELDS], host.catalogue.refresh, choices, element("refresh"))
         with gr.Row(elem_classes=["dynfuse-row"]):
-            add("method")
-            add("criterion")
+            for name in TOP_ROW:
+                add(name)
             with gr.Column(elem_classes=["dynfuse-presets"], scale=0, min_width=120):
                 presets = {name: gr.Button(f"Preset: {name}", elem_id=element(f"preset_{name}"), size="sm") for name in PRESETS}
         with gr.Accordion("Advanced", open=False, elem_id=element("advanced"), elem_classes=["dynfuse-advanced"]):
-            for row in ADVANCED_ROWS:
+            for row in (*ADVANCED_ROWS, *_unplaced()):
                 with gr.Row(elem_classes=["dynfuse-row"]):
                     for name in row:
                         add(name)

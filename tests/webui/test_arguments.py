@@ -87,7 +87,10 @@ def test_switched_off_asks_for_nothing(arguments, read_arguments):
         ([True, {**PAIR, "subject_weight": True}], ["subject_weight must be a number or points", "not True"]),
         ([True, {**PAIR, "subject_weight": None}], ["subject_weight must be a number or points", "not None"]),
         ([True, {**PAIR, "method": 3}], ["method must be text, not 3"]),
-        ([True, {**PAIR, "method": "sum"}], ["method must be one of dynfuse, direct, not 'sum'"]),
+        (
+            [True, {**PAIR, "method": "sum"}],
+            ["method must be one of dynfuse, balanced, blora, composite, craft, direct, klora, klora-s, switch, not 'sum'"],
+        ),
         ([True, {**PAIR, "subject": [3]}], ["subject must be text or a list of names, not [3]"]),
         ([True, {**PAIR, "subject": "dog+"}], ["subject must be names", "%2B", "'dog+'"]),
         ([True, {**PAIR, "subject": []}], ["no subject LoRA"]),

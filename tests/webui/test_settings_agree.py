@@ -193,6 +193,7 @@ PAPER = {
     **{"guidance": True, "m": 10.0, "gradient": "exact", "decoder": "vae", "limit": 0.0, "start": 0.0, "end": 1.0, "every": 1},
     **{name: pytest.approx(1 / 3) for name in ("content_weight", "style_clip_weight", "style_dino_weight")},
     **{"decide": "now", "decide_every": 1, "vote_tokens": 0},
+    **{"contrast": 0.0, "style_contrast": 0.0, "subject_contrast": 0.0, "negative_weight": 1.0, "loser": 0.0},
 }
 
 

@@ -29,7 +29,7 @@ class Places:
     """What a rule knows before the first step.
 
     sites: S. members: B, the subjects before the styles. present: (S, B) bool on the CPU, whether the LoRA changes the site at all.
-    change: (site, member) -> the LoRA's change there at the strength asked for; may only be asked once the first step is under way,
+    change: (site, member) -> the LoRA's change there at strength 1; may only be asked once the first step is under way,
     since some kinds depend on the layer's weight.
     """
 
