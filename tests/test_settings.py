@@ -97,7 +97,7 @@ def test_the_hires_pass_has_weights_of_its_own_where_they_are_given(hr, subject_
         ({"vote_tokens": 1.5}, ["vote_tokens must be a whole number"]),
         (
             {"method": "halves"},
-            ["method must be one of dynfuse, balanced, blora, composite, craft, direct, klora, klora-s, switch, not 'halves'"],
+            ["method must be one of ", "balanced", "dynfuse", "not 'halves'"],
         ),
     ],
 )

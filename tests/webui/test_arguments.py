@@ -89,7 +89,7 @@ def test_switched_off_asks_for_nothing(arguments, read_arguments):
         ([True, {**PAIR, "method": 3}], ["method must be text, not 3"]),
         (
             [True, {**PAIR, "method": "sum"}],
-            ["method must be one of dynfuse, balanced, blora, composite, craft, direct, klora, klora-s, switch, not 'sum'"],
+            ["method must be one of ", "balanced", "dynfuse", "not 'sum'"],
         ),
         ([True, {**PAIR, "subject": [3]}], ["subject must be text or a list of names, not [3]"]),
         ([True, {**PAIR, "subject": "dog+"}], ["subject must be names", "%2B", "'dog+'"]),
