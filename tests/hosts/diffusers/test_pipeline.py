@@ -107,6 +107,25 @@ def test_direct_is_both_merged(sd, loras):
     assert_same_latents(torch.stack(fused.images), reference)
 
 
+@pytest.mark.parametrize("cfg", [1.0, 5.0])
+def test_contrast_in_one_step_against_merged_models(sd, loras, cfg):
+    """A single step is affine in the prediction: that of u + s (c - u) + k (c - c_none) follows from three plain pictures."""
+    settings = FuseSettings(method="direct", te_weight=0.0, contrast=1.5)
+    arguments = {"width": 64, "height": 64, "output_type": "latent"}
+    made = FusedPipeline(sd, *loras, settings)(PROMPT, seeds=(1, 2), steps=1, cfg_scale=cfg, **arguments)
+
+    def picture(pipeline, scale):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return pipeline(
+            PROMPT, num_images_per_prompt=2, num_inference_steps=1, guidance_scale=scale, generator=generators, **arguments
+        ).images
+
+    both = merged(sd, SD, (loras[0].path, 1, 0), (loras[1].path, 1, 0))
+    expected = picture(both, cfg) + 1.5 * (picture(both, 1.0) - picture(sd, 1.0))
+    assert_same_latents(torch.stack(made.images), expected)
+    assert not torch.allclose(expected, picture(both, cfg), atol=1e-2)
+
+
 def test_the_text_encoder_sees_the_weighted_sum_of_both(sd, loras):
     settings = FuseSettings(subject_weight=0.9, style_weight=1.2, te_weight=0.5)
     fused = FusedPipeline(sd, *loras, settings)

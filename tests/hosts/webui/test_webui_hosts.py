@@ -128,6 +128,24 @@ class TestFusion:
         for i in range(3):
             assert close(three[i : i + 1], webui.run(f"a cat {tag}", seed=5 + i))
 
+    def test_contrast_moves_away_from_the_plain_picture(self, webui):
+        """With one step and without CFG a picture is its prediction."""
+        one = {"steps": 1, "cfg_scale": 1.0}
+        plain, fused = (webui.run(prompt, **one) for prompt in ("a cat", "a cat <dynfuse:dog:watercolor:te_weight=0:method=direct>"))
+        moved = webui.run("a cat <dynfuse:dog:watercolor:te_weight=0:method=direct:contrast=1.5>", **one)
+        assert close(moved, fused + 1.5 * (fused - plain))
+        assert not close(moved, fused)
+
+    @pytest.mark.parametrize("more", ["contrast_every=2", "method=composite", "negative_weight=0", "subject_contrast=1:method=direct"])
+    def test_other_predictions_are_the_same_in_every_cut_of_the_rows(self, webui, more):
+        prompt = f"a cat AND a dog <dynfuse:dog:watercolor:contrast=1:{more}>"
+        together = webui.run(prompt, batch_size=2)
+        webui.shared.opts.batch_cond_uncond = False
+        assert close(webui.run(prompt, batch_size=2), together)
+        assert not close(webui.run(f"a cat AND a dog {TAG}", batch_size=2), together)
+        first = webui.run(prompt, batch_size=1)
+        assert close(together[:1], first)
+
     @pytest.mark.parametrize("prompt", ["a cat AND a dog", "a cat that sits on a mat and looks at me", "a cat"])
     @pytest.mark.parametrize("settings", [{}, {"cfg_scale": 1.0}, {"batch_size": 2}])
     def test_direct_equals_the_merge_in_every_cut_of_the_rows(self, webui, plain, prompt, settings):
