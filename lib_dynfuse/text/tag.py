@@ -9,6 +9,7 @@ A LoRA's name may hold characters that mean something in a tag or in a prompt. T
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +38,10 @@ _ERROR_KEY = "error"
 _ERROR_START = f"<dynfuse:{_ERROR_KEY}="
 # Cut as the host cuts (modules/extra_networks.py, re_extra_net): "<lora:dog<dynfuse:a:b>" is one tag, and not ours.
 _TAG = re.compile(r"<(\w+):([^>]+)>")
+_LOOSE = re.compile(r"<\s*(dynfuse)\s*:([^>]*)>", re.I)
+_ANY = re.compile(r"<\s*([\w \t-]{4,14}?)\s*[:;]([^<>]*)>")
+# "dynfuze", "dynfus", "dyn fuse"; not "dynamic".
+_ALIKE = 0.75
 
 
 def escape(text: str) -> str:
@@ -118,6 +123,26 @@ def parse_tag(items: Sequence[str]) -> FuseSettings:
         raise SettingsError(f"{tag}: {error}") from None
     check_pair(settings)
     return settings
+
+
+def corrected(prompt: str) -> str:
+    """The prompt with every tag of ours as the WebUIs read it: "< DynFuse : a:b>" is "<dynfuse: a:b>".
+
+    Raises SettingsError for one that is empty, or whose name is misspelt: to the WebUI these are text, or unknown tags that it cuts out.
+    """
+
+    def tidy(found: re.Match[str]) -> str:
+        inside = found[2].strip()
+        if not inside.strip(": "):
+            raise SettingsError(f"{found[0]} names no LoRA; write {SYNTAX}")
+        return f"<dynfuse:{inside}>"
+
+    prompt = _LOOSE.sub(tidy, prompt)
+    for found in _ANY.finditer(prompt):
+        word = re.sub(r"[\s_-]", "", found[1]).lower()
+        if not found[0].startswith("<dynfuse:") and difflib.SequenceMatcher(None, word, "dynfuse").ratio() > _ALIKE:
+            raise SettingsError(f"{found[0]} is no tag that is known; {SYNTAX} was meant, perhaps")
+    return prompt
 
 
 def find_tags(prompt: str) -> list[list[str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from modules import errors, extra_networks, script_callbacks, scripts
@@ -26,6 +26,12 @@ from .arguments import read_arguments
 log = logging.getLogger(__name__)
 
 EXTRA_NETWORK = "dynfuse"
+
+_IN_THE_NEGATIVE_PROMPT = "the tag <dynfuse:...> stands in the negative prompt, where it does nothing; it belongs into the prompt"
+_MIXED = (
+    "the pictures of one batch ask for different fusions, and the WebUI reads the tags of the first for all; set the batch size to 1 and "
+    "the batch count higher"
+)
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -90,30 +96,49 @@ class DynFuseScript(scripts.Script):
 
     @_harmless
     def process(self, p: Any, *arguments: Any) -> None:
+        host = detect()
+        off = host.off
+        if off is None:
+            for name in ("all_prompts", "all_hr_prompts"):
+                if getattr(p, name, None):
+                    setattr(p, name, [_corrected(prompt) for prompt in getattr(p, name)])
+            if p.all_prompts and any(tag.find_tags(_corrected(text)) for text in getattr(p, "all_negative_prompts", None) or []):
+                p.all_prompts[0] = tag.format_error(_IN_THE_NEGATIVE_PROMPT) + p.all_prompts[0]
         prompts = [*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or [])]
         tags = [items for prompt in prompts for items in tag.find_tags(prompt)]
-        off = detect().off
         if off is not None:
             if tags or _is_switched_on(arguments):
                 _say(p, off)
             return
-        results.forget(_tab(self.is_img2img))
+        if not host.is_inner(p):
+            results.forget(_tab(self.is_img2img))
         for key in [key for key in p.extra_generation_params if key == infotext.ENABLED or key.startswith(f"{infotext.ENABLED} ")]:
             del p.extra_generation_params[key]
-        names = [name for settings in _readable(tags) for name in settings.subjects + settings.styles]
         settings = _settings_or_none(arguments)
+        if settings is None and not tags and _is_empty(arguments):
+            _say(p, "no LoRA is chosen in the panel, so nothing was fused")
         # A tag in a prompt goes before the panel, whose settings then made no image.
-        if settings is not None and not all(tag.find_tags(prompt) for prompt in prompts):
-            p.extra_generation_params.update(infotext.settings_fields(_repeatable(settings, p.all_seeds)))
-            names += settings.subjects + settings.styles
-        p.extra_generation_params.update(infotext.hash_field(names, detect().catalogue.hash))
+        given = {} if settings is None else infotext.settings_fields(_repeatable(settings, p.all_seeds))
+        images = []
+        for texts in zip(p.all_prompts, getattr(p, "all_hr_prompts", None) or p.all_prompts):
+            own = given if any(not tag.find_tags(text) for text in texts) else {}
+            images.append({**own, **infotext.hash_field(_names(texts, settings), host.catalogue.hash)})
+        p.extra_generation_params.update(_by_image(images))
         if p.disable_extra_networks and (settings is not None or tags):
             _say(p, "extra networks are disabled for this job, so the LoRAs were not fused")
 
     @_harmless
     def before_process_batch(self, p: Any, *arguments: Any, prompts: list[str], **kwargs: Any) -> None:
+        if not prompts:
+            return
         text = _tag_for(arguments)
-        if text and prompts and (tag.is_error(text) or not tag.find_tags(prompts[0])):
+        own = [tag.find_tags(prompt) for prompt in prompts]
+        if any(own) and any(tags != own[0] for tags in own):
+            # The host reads the tags of a batch's first prompt, for all of its pictures.
+            text = tag.format_error(_MIXED)
+        elif own[0]:
+            return  # a tag goes before the panel, whatever that says
+        if text:
             # In front: behind an unclosed "<lora:" the host would take it for a part of that tag.
             # prompts is the batch's own slice of p.all_prompts; the infotext's prompt stays as the user wrote it.
             prompts[0] = text + prompts[0]
@@ -131,7 +156,8 @@ class DynFuseScript(scripts.Script):
 
     @_harmless
     def postprocess(self, p: Any, processed: Any, *arguments: Any) -> None:
-        results.remember(_tab(self.is_img2img), detect().passes(p))
+        if not detect().is_inner(p):
+            results.remember(_tab(self.is_img2img), detect().passes(p))
 
 
 class DynFuseNetwork(extra_networks.ExtraNetwork):
@@ -209,6 +235,44 @@ def _is_switched_on(arguments: Sequence[Any]) -> bool:
     return bool(arguments and arguments[0])
 
 
+def _is_empty(arguments: Sequence[Any]) -> bool:
+    """Whether the panel is switched on, and neither side has a LoRA: opening it switches it on in Forge."""
+    if not _is_switched_on(arguments) or len(arguments) < 2:
+        return False
+    first = arguments[1]
+    chosen = (first.get("subject"), first.get("style")) if isinstance(first, Mapping) else arguments[1:3]
+    return not any(chosen)
+
+
+def _corrected(prompt: str) -> str:
+    """The prompt with tags as the host reads them, or with one in front that says what is wrong."""
+    try:
+        return tag.corrected(prompt)
+    except SettingsError as error:
+        return tag.format_error(str(error)) + prompt
+
+
+def _names(prompts: Sequence[str], panel_settings: FuseSettings | None) -> list[str]:
+    """Of the LoRAs that are fused in a picture of this prompt and this hires prompt."""
+    used: list[FuseSettings] = []
+    for prompt in prompts:
+        tags = tag.find_tags(prompt)
+        used += _readable(tags) if tags else [panel_settings] if panel_settings is not None else []
+    return [name for settings in used for name in settings.subjects + settings.styles]
+
+
+def _by_image(images: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Infotext entries from those of each picture: a text where all have the same, else what the host asks when it writes an infotext
+    (processing.py, create_infotext), so that no picture has another one's.
+    """
+
+    def entry(key: str) -> Callable[..., str | None]:
+        return lambda index=0, **_: images[index].get(key) if index < len(images) else None
+
+    keys = dict.fromkeys(key for image in images for key in image)
+    return {key: images[0][key] if len({image.get(key) for image in images}) == 1 else entry(key) for key in keys}
+
+
 def _settings_or_none(arguments: Sequence[Any]) -> FuseSettings | None:
     if not _is_switched_on(arguments):
         return None
@@ -235,7 +299,7 @@ def _readable(tags: list[list[str]]) -> Iterator[FuseSettings]:
 
 def _tag_for(arguments: Sequence[Any]) -> str | None:
     """The tag that says what the panel or the API asks for, also when it asks for something impossible; None when switched off."""
-    if not _is_switched_on(arguments):
+    if not _is_switched_on(arguments) or _is_empty(arguments):
         return None
     try:
         host = detect()

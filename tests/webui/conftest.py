@@ -30,6 +30,11 @@ class FakeHost:
         self.lora_folder = folder.parent / "Lora"
         self.lora_folder.mkdir(exist_ok=True)
 
+    inner = False
+
+    def is_inner(self, p):
+        return self.inner
+
     def folder(self):
         return self.lora_folder
 

@@ -70,17 +70,90 @@ def test_a_hires_prompts_own_tag_goes_before_the_panel(script):
         ((True, {**PAIR, "colour": 1}), "unknown setting 'colour'"),
         ((True, {**PAIR, "style_weight": "much"}), "style_weight must be a number"),
         ((True, "dog", "dog"), "same LoRA"),
-        ((True, "", None), "no subject and no style LoRA"),
+        ((True, "dog", None), "no style LoRA"),
         ((PAIR,), "true or false"),
     ],
 )
 def test_a_mistake_reaches_the_host_part_as_a_sentence(script, arguments, words):
-    for prompt in ("a dog", "a dog <dynfuse:dog:watercolor>"):
-        job = Job(prompt, hr_prompts=["a dog"])
-        with pytest.raises(SettingsError, match=words):
-            request(job.run_batch(script, *arguments))
-        with pytest.raises(SettingsError, match=words):
-            request(job.hr_extra_network_data)
+    job = Job("a dog", hr_prompts=["a dog"])
+    with pytest.raises(SettingsError, match=words):
+        request(job.run_batch(script, *arguments))
+    with pytest.raises(SettingsError, match=words):
+        request(job.hr_extra_network_data)
+    with_tag = Job("a dog <dynfuse:fox:ink>").run_batch(script, *arguments)
+    assert request(with_tag) == FuseSettings(subject="fox", style="ink"), "a tag goes before the panel"
+
+
+@pytest.mark.parametrize("arguments", [(True, [], []), (True, None, ""), (True, {}), (True, {"subject": "", "method": "direct"})])
+def test_an_open_and_empty_panel_makes_the_plain_picture_with_a_note(script, arguments):
+    job = Job("a dog", hr_prompts=["a dog"])
+    assert "dynfuse" not in job.run_batch(script, *arguments)
+    assert "dynfuse" not in job.hr_extra_network_data
+    assert job.comments == ["DynFuse: no LoRA is chosen in the panel, so nothing was fused"]
+    with_tag = Job("a dog <dynfuse:fox:ink>")
+    assert request(with_tag.run_batch(script, *arguments)) == FuseSettings(subject="fox", style="ink")
+    assert with_tag.comments == []
+
+
+@pytest.mark.parametrize("text", ["<DynFuse:fox:ink>", "< dynfuse:fox:ink>", "<DYNFUSE :fox:ink>", "< dynfuse : fox:ink >"])
+def test_a_tag_in_any_case_and_with_spaces_is_one(script, text):
+    job = Job(f"a dog {text}", hr_prompts=[f"a dog {text}"])
+    assert request(job.run_batch(script, *OFF)) == FuseSettings(subject="fox", style="ink")
+    assert request(job.hr_extra_network_data) == FuseSettings(subject="fox", style="ink")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a dog <dynfuse:>", "names no LoRA"),
+        ("a dog < dynfuse : >", "names no LoRA"),
+        ("a dog <dynfuze:fox:ink>", "is no tag that is known"),
+        ("a dog <dyn fuse:fox:ink>", "is no tag that is known"),
+        ("a dog <dynfuse;fox:ink>", "is no tag that is known"),
+    ],
+)
+def test_a_tag_that_is_none_stops_the_picture(script, prompt, words):
+    with pytest.raises(SettingsError, match=words):
+        request(Job(prompt).run_batch(script, *OFF))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a <lora:dynamic:1> dog", "a <dynamic:1> dog", "a <lora:dynfuse:1> dog", "1 < 2: a dog >", "<fuse:a:b>"]
+)
+def test_other_peoples_tags_are_left_alone(script, prompt):
+    job = Job(prompt)
+    assert "dynfuse" not in job.run_batch(script, *OFF)
+    assert job.all_prompts == [prompt]
+
+
+def test_a_tag_in_the_negative_prompt_is_named(script):
+    job = Job("a dog", all_negative_prompts=["bad <dynfuse:fox:ink>"])
+    with pytest.raises(SettingsError, match="stands in the negative prompt"):
+        request(job.run_batch(script, *OFF))
+
+
+@pytest.mark.parametrize(
+    "prompts", [("a <dynfuse:fox:ink>", "b"), ("a", "b <dynfuse:fox:ink>"), ("a <dynfuse:fox:ink>", "b <dynfuse:dog:ink>")]
+)
+def test_a_batch_of_different_tags_stops_with_a_sentence(script, prompts):
+    with pytest.raises(SettingsError, match="the pictures of one batch ask for different fusions"):
+        request(Job(*prompts).run_batch(script, *OFF))
+
+
+def test_each_picture_has_the_hashes_of_its_own_loras(script):
+    job = Job("a <dynfuse:dog:nothing>", "b", "c <dynfuse:nothing:watercolor>")
+    script.process(job, *OFF)
+    entry = job.extra_generation_params["DynFuse LoRA hashes"]
+    told = [entry(index=number, all_prompts=job.all_prompts, p=job) for number in range(3)]
+    assert told == ["dog: aa11", None, "watercolor: bb22"]
+
+
+def test_an_inner_job_leaves_the_result_alone(script, host, script_module):
+    kept = []
+    script_module.results.remember = lambda tab, passes: kept.append(tab)
+    host.inner, host.passes = True, lambda p: []
+    script.postprocess(Job(), None)
+    assert kept == []
 
 
 def test_an_argument_nobody_thought_of_still_stops_the_image(script, webui, script_module, monkeypatch):

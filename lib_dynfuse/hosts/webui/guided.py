@@ -164,11 +164,17 @@ class GuidedPass:
                 return None
             try:
                 chain = self._chain(cfg_denoiser, device)
+                targets = _targets(self.references).to(device)
+                encoders = self._encoders.to(device)
             except NotGuidable as reason:
                 self.stop(str(reason))
                 return None
-            targets = _targets(self.references).to(device)
-            self._guide = Guide(self.settings, targets, self._encoders.to(device), chain, facts.schedule)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.stop("The picture was not guided: there was no room for the decoder and the encoders.")
+                return None
+            self._guide = Guide(self.settings, targets, encoders, chain, facts.schedule)
             if self.settings.gradient == "exact" and getattr(cfg_denoiser.p, "refiner_checkpoint_info", None) is not None:
                 self._guide.abandon_exact("a refiner takes over in this job")
         return self._guide

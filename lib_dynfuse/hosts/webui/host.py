@@ -82,6 +82,10 @@ class WebUIHost:
         """A sampling is about to begin. The scripts' hook of this name is the only place from which memory can be asked for."""
         self.jobs.before_sampling(p)
 
+    def is_inner(self, p: Any) -> bool:
+        """Whether a job was begun inside another one, as ADetailer's are: it has that one's fusion, and its results are no one's."""
+        return self.jobs.is_inner(p)
+
     def last_pass(self, p: Any) -> FusionPass | None:
         """The last pass of a job, running or over; None if nothing was fused. See FusionPass.trace, settings, notes."""
         passes = self.passes(p)

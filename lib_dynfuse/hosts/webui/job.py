@@ -15,12 +15,14 @@ meets wrappers that look for its tag and pass the call on.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...lora.branch import applied_size
+from ...settings import FuseSettings
 from .capabilities import Call, Seam, Value
 from .catalogue import Catalogue
 from .guided import memory_needed
@@ -61,6 +63,7 @@ class JobSeams:
         self._catalogue = catalogue
         self._requests = requests
         self._active: FusionPass | None = None
+        self._jobs: list[Any] = []  # under way, the innermost last: other extensions make jobs inside a job
         self._text_label: str | None = None
         self._text_parts_in = False  # or may be, after an error
 
@@ -77,7 +80,7 @@ class JobSeams:
         ]
 
     def forget(self) -> None:
-        """No job is under way any more, whatever became of the last."""
+        """No pass is under way any more, whatever became of the last."""
         self._active = None
         self._take_text_parts_back()
 
@@ -96,7 +99,23 @@ class JobSeams:
     # Whether an error of ours must stop the job, because a fused picture was asked for.
 
     def _asks(self, p: Any, extra_network_data: Any = None, *args: Any, **kwargs: Any) -> bool:
-        return FusionJob.of(p) is not None or self._requests.asks(p, extra_network_data or {})
+        return FusionJob.of(p) is not None or self._requests.asks(p, extra_network_data or {}) or self._inherited(p) is not None
+
+    def is_inner(self, p: Any) -> bool:
+        """Whether a job was begun inside another one, as ADetailer's are."""
+        return any(outer is not p for outer in self._jobs[:1])
+
+    def _inherited(self, p: Any) -> FuseSettings | None:
+        """What the job that p is a part of asks for: a repainted face is drawn by the same LoRAs, whatever prompt and scripts it was given.
+
+        Without guidance: the references are of the whole picture.
+        """
+        for outer in reversed(self._jobs):
+            job = FusionJob.of(outer)
+            if outer is p or job is None or job.current is None or job.current.settings is None:
+                continue
+            return dataclasses.replace(job.current.settings, guidance=False)
+        return None
 
     def _is_fused(self, cfg_denoiser: Any, *args: Any, **kwargs: Any) -> bool:
         return current_pass(getattr(cfg_denoiser, "p", None)) is not None
@@ -105,12 +124,16 @@ class JobSeams:
 
     def _around_job(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         p = argument(args, kwargs, 0, "p")
+        self._jobs.append(p)
         try:
             if FusionJob.of(p) is not None:
                 del p.dynfuse  # some scripts run the same processing object again and again
             result = original(*args, **kwargs)
         finally:
-            self._end_job(p)
+            try:
+                self._end_job(p)
+            finally:
+                self._jobs.pop()
         self._tell(p, result)
         return result
 
@@ -151,7 +174,7 @@ class JobSeams:
         self.forget()
         known = FusionJob.of(p)
         job = known or FusionJob(p)
-        new = self._requests.requested(p, data, job)
+        new = self._requests.requested(p, data, job, self._inherited(p))
         if known is None and new is None:
             return
         p.dynfuse = job

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...fusion import FusionError
@@ -63,15 +64,22 @@ class Requests:
         """Whether a pass is to be fused. data: the parsed tags of its prompt."""
         return TAG in data or getattr(p, "dynfuse_settings", None) is not None
 
-    def requested(self, p: Any, data: Mapping[str, Sequence[Any]], job: FusionJob) -> FusionPass | None:
-        """The pass that the tags ask for: None without a tag, one with an error sentence if it cannot be done."""
+    def requested(
+        self, p: Any, data: Mapping[str, Sequence[Any]], job: FusionJob, inherited: FuseSettings | None = None
+    ) -> FusionPass | None:
+        """The pass that the tags ask for: None without a tag, one with an error sentence if it cannot be done.
+
+        inherited: what holds for a job inside another one that has no tag of its own.
+        """
         new = FusionPass(self._roles, hires=bool(getattr(p, "is_hr_pass", False)), batch=getattr(p, "iteration", 0))
         try:
             # A reference's job says itself what it is.
             own = getattr(p, "dynfuse_settings", None)
-            new.settings = own or self.parse_tags([list(params.items) for params in data.get(TAG, [])])
+            new.settings = own or self.parse_tags([list(params.items) for params in data.get(TAG, [])]) or inherited
             if new.settings is None:
                 return None
+            if own is None and inherited is not None:
+                new.settings = replace(new.settings, guidance=False)
             new.request = self._read(new.settings.for_hires() if new.hires else new.settings)
             if wants_guidance(new.settings):
                 new.guidance = self._guidance(p, data, new, job)

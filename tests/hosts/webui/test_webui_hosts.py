@@ -152,6 +152,32 @@ class TestFusion:
         two = plain(f"{prompt} <lora:dog:1><lora:watercolor:1>", **settings)
         assert close(webui.run(f"{prompt} <dynfuse:dog:watercolor:method=direct>", **settings), two)
 
+    @pytest.mark.parametrize("inner_prompt", ["a cat", "a face", f"a face {TAG}"])
+    @pytest.mark.parametrize("guidance", ["", ":guidance=true"])
+    def test_a_job_inside_a_fused_job_has_its_fusion(self, webui, inner_prompt, guidance):
+        """ADetailer repaints a face in a job of its own, with scripts and prompts of its own (here none)."""
+        made = []
+
+        def repaint(p, *args):
+            if not made:
+                made.append(None)
+                made.append(webui.process(Processing(inner_prompt, seed=5)).images)
+
+        outer = webui.process(
+            Processing(f"a cat <dynfuse:dog:watercolor{guidance.replace('true', 'false')}>", callbacks={"postprocess_batch": repaint})
+        )
+        fused = webui.run(f"{inner_prompt.replace(TAG, '').strip()} {TAG}", seed=5)
+        assert close(made[1], fused)
+        assert not close(made[1], webui.run(inner_prompt.replace(TAG, "").strip(), seed=5))
+        assert close(outer.images, webui.run(f"a cat {TAG}"))
+
+    def test_a_job_after_it_or_inside_a_plain_one_is_plain(self, webui, plain):
+        made = []
+        webui.process(Processing(f"a cat {TAG}"))
+        inside = {"postprocess_batch": lambda p, *args: made or made.append(webui.process(Processing("a face")).images)}
+        webui.process(Processing("a cat", callbacks=inside))
+        assert torch.equal(made[0], plain("a face"))
+
     def test_split_calls_give_the_image_of_one_call(self, webui):
         prompt = f"a cat AND a dog {TAG}"
         together = webui.run(prompt, batch_size=2)
