@@ -227,9 +227,9 @@ class FuseSettings:
     )
     m: float = setting(
         10.0,
-        "m",
-        "Strength of the guidance (the paper's m). 10 is the paper's for 50 steps; with other numbers of steps it is scaled to the same "
-        "total. 0 is no guidance.",
+        "Guidance strength",
+        "How strongly each step is nudged towards the references (m in tag and paper). 10 is the paper's for 50 steps; with other "
+        "numbers of steps it is scaled to the same total. 0 is no guidance.",
         minimum=0.0,
         slider=(0.0, 50.0, 0.5),
     )

@@ -181,7 +181,7 @@ class ReferenceCache:
         for path, size, used in self._files():
             try:
                 with Image.open(path) as image:
-                    about = json.loads(image.text[_CHUNK])
+                    about = json.loads(image.info[_CHUNK])  # image.text would decode the picture: seconds for a full folder
                 found.append(Entry(path, str(about["side"]), str(about["prompt"]), size, used))
             except _DAMAGED:
                 continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import html
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ PRESET_TOOLTIPS = {
     "paper": "Set the method, its advanced settings and the guidance as in the paper's experiments. Exact gradients and the full VAE take "
     "several times as long, and much memory.",
 }
+SWAP_TOOLTIP = "Exchange subject and style: LoRAs, weights, blocks, prompts, pictures and all else that each side has of its own."
 TOP_ROW = ("method", "contrast")
 ADVANCED_ROWS = (
     ("criterion",),
@@ -172,6 +173,8 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 _quietly(dropdown.change, functools.partial(_thumbnails, host), inputs=[dropdown], outputs=[thumbnail])
             with gr.Column(elem_classes=["dynfuse-refresh"], scale=0, min_width=40):
                 create_refresh_button([fields[name] for name in LORA_FIELDS], host.catalogue.refresh, choices, element("refresh"))
+                swap = gr.Button("\u21c4", elem_id=element("swap"), elem_classes=["tool"], min_width=40)
+                swap.webui_tooltip = SWAP_TOOLTIP
         with gr.Row(elem_classes=["dynfuse-row"]):
             for name in TOP_ROW:
                 add(name)
@@ -212,6 +215,8 @@ def build(tab: str, host: WebUIHost) -> Panel:
             button.webui_tooltip = PRESET_TOOLTIPS[name]
             values = PRESETS[name]
             _quietly(button.click, functools.partial(list, values.values()), inputs=[], outputs=[fields[field] for field in values])
+        sides = [fields[name] for name in _sided(fields)]
+        _quietly(swap.click, functools.partial(_swapped, _sided(fields)), inputs=sides, outputs=sides)
         result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
         below = _saving(element)
 
@@ -219,40 +224,57 @@ def build(tab: str, host: WebUIHost) -> Panel:
     return Panel(enabled, {name: fields[name] for name in field_types()}, texts, result, below, references)
 
 
-def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable[[], str], host: WebUIHost) -> None:
-    """Show result_html(), and the references that are kept now, in the panel whenever component's value changes.
+def _sided(names: Iterable[str]) -> list[str]:
+    """The controls that each side has of its own, and the hires pass's, whose text holds both."""
+    subject, style = LORA_FIELDS
+    both = set(names)
+    pairs = [(name, name.replace(subject, style, 1)) for name in names if name.startswith(subject)]
+    return [name for pair in pairs if pair[1] in both for name in pair] + ["hr"]
 
-    component: the host's hidden "generation_info" box of the tab, which every finished job fills anew.
+
+def _swapped(names: Sequence[str], *values: Any) -> list[Any]:
+    """values: of the controls that _sided names. Returns them in that order, with the sides exchanged."""
+    *sided, hires = values
+    # A number alone is the subject's; an empty side is as in the first pass.
+    subject, _, style = str(hires or "").partition("/")
+    exchanged = f"{style.strip()}/{subject.strip()}".removesuffix("/")
+    return [value for place in range(0, len(names) - 1, 2) for value in (sided[place + 1], sided[place])] + [exchanged]
+
+
+def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable[[str], str], host: WebUIHost) -> None:
+    """Show result_html(value), and the references that are kept now, in the panel whenever component's value changes.
+
+    component: the host's hidden "generation_info" box of the tab, which every finished job fills anew, in the browser that asked for it.
     """
 
-    def after_job() -> tuple[str, str]:
-        return result_html(), gallery.gallery_html(host.reference_cache)
+    def after_job(information: str) -> tuple[str, str]:
+        return result_html(information), gallery.gallery_html(host.reference_cache)
 
-    _quietly(component.change, after_job, inputs=[], outputs=[panel.result, panel.references])
+    _quietly(component.change, after_job, inputs=[component], outputs=[panel.result, panel.references])
 
 
-def offer_to_save(component: Any, panel: Panel, recipe: Callable[[], Recipe | None], host: WebUIHost) -> None:
-    """Show the controls that save the last job's LoRAs as one where recipe() gives something to save, and let them work.
+def offer_to_save(component: Any, panel: Panel, recipe: Callable[[str], Recipe | None], host: WebUIHost) -> None:
+    """Show the controls that save a job's LoRAs as one where recipe(component's value) gives something to save, and let them work.
 
     component: as for refresh_result_on_change.
     """
     controls = panel.saving
 
-    def after_job() -> tuple[Any, Any, str]:
-        found = recipe() if host.catalogue.folder() is not None else None
+    def after_job(information: str) -> tuple[Any, Any, str]:
+        found = recipe(information) if host.catalogue.folder() is not None else None
         name = saving.proposed_name(found.settings, host.catalogue) if found is not None else ""
         return gr.update(visible=found is not None), name, ""
 
-    def save(name: str, rank: Any) -> str:
-        return saving.save(recipe(), name, rank, host.catalogue)
+    def save(information: str, name: str, rank: Any) -> str:
+        return saving.save(recipe(information), name, rank, host.catalogue)
 
     def choices() -> list[Any]:
         return [gr.update(choices=host.catalogue.names()) for _ in LORA_FIELDS]
 
-    _quietly(component.change, after_job, inputs=[], outputs=[controls.part, controls.name, controls.message])
+    _quietly(component.change, after_job, inputs=[component], outputs=[controls.part, controls.name, controls.message])
     # Singular values of a large model take a minute: the message's place shows that something is under way.
     pressed = controls.button.click(
-        fn=save, inputs=[controls.name, controls.rank], outputs=[controls.message], show_progress="full", queue=False
+        fn=save, inputs=[component, controls.name, controls.rank], outputs=[controls.message], show_progress="full", queue=False
     )
     _quietly(pressed.then, choices, inputs=[], outputs=[panel.fields[name] for name in LORA_FIELDS])
 

@@ -6,9 +6,12 @@ Shown in the panel; maps and curves are, if the user wants, also saved beside th
 from __future__ import annotations
 
 import html
+import json
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -50,22 +53,28 @@ class _Seen:
     recipe: Recipe | None
 
 
-_last: dict[str, list[_Seen]] = {}
+_KEPT = 12
+_seen_jobs: dict[str, OrderedDict[str, list[_Seen]]] = {}
+"""By tab and job, the newest last: several browsers may have jobs of the same tab."""
 
 
-def forget(tab: str) -> None:
-    """A new job has begun in a tab; an older job's map must not stand beside its image."""
-    _last.pop(tab, None)
+def job_of(processed: Any) -> str:
+    """What tells a finished job apart: the host's time stamp of it, which the browser gets with its pictures (Processed.js)."""
+    return str(getattr(processed, "job_timestamp", ""))
 
 
-def remember(tab: str, passes: Sequence[FusionPass]) -> None:
-    """Keep the passes of a finished job's last batch."""
-    _last[tab] = [_seen(p) for p in passes]
+def remember(tab: str, job: str, passes: Sequence[FusionPass]) -> None:
+    """Keep the passes of a finished job's last batch. job: see job_of."""
+    jobs = _seen_jobs.setdefault(tab, OrderedDict())
+    jobs[job] = [_seen(p) for p in passes]
+    jobs.move_to_end(job)
+    while len(jobs) > _KEPT:
+        jobs.popitem(last=False)
 
 
-def result_html(tab: str) -> str:
-    """The panel's view of a tab's last job; empty if it was not fused."""
-    passes = _last.get(tab, [])
+def result_html(tab: str, information: str) -> str:
+    """The panel's view of the job whose pictures the browser shows; empty if it was not fused. information: what came with them, JSON."""
+    passes = _passes(tab, information)
     figures = "".join(_pass_html(p) for p in passes)
     # Every pass of a job is steered towards the same two.
     references = next((p.references for p in reversed(passes) if p.references), ())
@@ -73,9 +82,17 @@ def result_html(tab: str) -> str:
     return figures + _references_html(references) + (f"<ul>{notes}</ul>" if notes else "")
 
 
-def recipe(tab: str) -> Recipe | None:
-    """Of the last pass of a tab's last job; None if nothing was fused."""
-    return next((p.recipe for p in reversed(_last.get(tab, [])) if p.recipe is not None), None)
+def recipe(tab: str, information: str) -> Recipe | None:
+    """Of the last pass of the job that the browser shows; None if nothing was fused."""
+    return next((p.recipe for p in reversed(_passes(tab, information)) if p.recipe is not None), None)
+
+
+def _passes(tab: str, information: str) -> list[_Seen]:
+    try:
+        job = str(json.loads(information)["job_timestamp"])
+    except (KeyError, TypeError, ValueError):  # a tab without pictures has no text
+        return []
+    return _seen_jobs.get(tab, OrderedDict()).get(job, [])
 
 
 def save_beside(filename: str, passes: Sequence[FusionPass]) -> None:

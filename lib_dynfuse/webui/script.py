@@ -110,8 +110,6 @@ class DynFuseScript(scripts.Script):
             if tags or _is_switched_on(arguments):
                 _say(p, off)
             return
-        if not host.is_inner(p):
-            results.forget(_tab(self.is_img2img))
         for key in [key for key in p.extra_generation_params if key == infotext.ENABLED or key.startswith(f"{infotext.ENABLED} ")]:
             del p.extra_generation_params[key]
         settings = _settings_or_none(arguments)
@@ -157,7 +155,7 @@ class DynFuseScript(scripts.Script):
     @_harmless
     def postprocess(self, p: Any, processed: Any, *arguments: Any) -> None:
         if not detect().is_inner(p):
-            results.remember(_tab(self.is_img2img), detect().passes(p))
+            results.remember(_tab(self.is_img2img), results.job_of(processed), detect().passes(p))
 
 
 class DynFuseNetwork(extra_networks.ExtraNetwork):

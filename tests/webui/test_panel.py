@@ -101,16 +101,16 @@ def thumbnails(webui, tmp_path):
     def build(**previews):
         with gr.Blocks() as demo:
             made = panel.build("txt2img", FakeHost(tmp_path, previews={name: str(path) for name, path in previews.items()}))
-        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 6, 7)
+        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 7, 8)
         return made.fields, chosen, opened
 
     return build
 
 
 def functions_of(demo, *places):
-    """Functions behind a page: of choosing subject and style, of the references' buttons, of the presets', then of opening the page."""
+    """Functions behind a page: of choosing subject and style, of the buttons of references, presets and swap, then of opening the page."""
     functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
-    assert len(functions) >= 9
+    assert len(functions) > max(places)
     return [functions[place] for place in places]
 
 
@@ -174,12 +174,37 @@ def test_the_buttons_of_the_presets_set_the_controls_they_are_wired_to(webui, ho
     assert not set(set_to) & {"subject", "style", "subject_weight", "style_weight", "subject_prompt", "reference_seed", "hr"}
 
 
+@pytest.mark.parametrize(("hires", "exchanged"), [("", ""), ("0.7", "/0.7"), ("0.7/1", "1/0.7"), ("/0.4", "0.4")])
+def test_the_swap_button_makes_the_subject_the_style(webui, host, hires, exchanged):
+    with gr.Blocks() as demo:
+        made = panel.build("txt2img", host)
+    controls = {control._id: name for name, control in made.controls.items()}
+    (button,) = (block._id for block in demo.blocks.values() if block.elem_id == "dynfuse_txt2img_swap")
+    (event,) = (event for event in demo.get_config_file()["dependencies"] if button in flat(event["targets"]))
+    assert event["inputs"] == event["outputs"]
+    names = [controls[control] for control in event["outputs"]]
+    given = {"subject": ["dog"], "style": ["ink"], "subject_weight": 0.3, "style_weight": 1.1, "subject_weight_text": "1@0", "hr": hires}
+    (swap,) = functions_of(demo, 6)
+    swapped = dict(zip(names, swap(*(given.get(name, name) for name in names)), strict=True))
+    assert (swapped["subject"], swapped["style"]) == (["ink"], ["dog"])
+    assert (swapped["subject_weight"], swapped["style_weight"]) == (1.1, 0.3)
+    assert (swapped["subject_weight_text"], swapped["style_weight_text"]) == ("style_weight_text", "1@0")
+    for part in ("blocks", "prompt", "image"):
+        assert (swapped[f"subject_{part}"], swapped[f"style_{part}"]) == (f"style_{part}", f"subject_{part}")
+    assert swapped["hr"] == exchanged
+
+
+def flat(targets):
+    """gradio 4 has pairs of component and event, 3 the components."""
+    return [part for target in targets for part in (target if isinstance(target, (list, tuple)) else [target])]
+
+
 @pytest.fixture
 def references(webui, host):
     """What the panel's refresh button, its clear button and opening the page show of the kept references."""
     with gr.Blocks() as demo:
         panel.build("txt2img", host)
-    return functions_of(demo, 2, 3, 8)
+    return functions_of(demo, 2, 3, 9)
 
 
 def test_the_kept_references_are_shown_and_cleared(references, host):
@@ -196,10 +221,10 @@ def test_the_kept_references_are_shown_and_cleared(references, host):
 def test_a_finished_job_shows_its_result_and_the_references_it_left(webui, host):
     with gr.Blocks() as demo:
         made = panel.build("txt2img", host)
-        panel.refresh_result_on_change(gr.Textbox(), made, lambda: "<p>map</p>", host)
-    (after_job,) = functions_of(demo, 6)
+        panel.refresh_result_on_change(gr.Textbox(), made, lambda information: "<p>map</p>", host)
+    (after_job,) = functions_of(demo, 7)
     host.reference_cache.keep_picture(Image.new("RGB", (20, 10)))
-    result, references = after_job()
+    result, references = after_job("{}")
     assert result == "<p>map</p>"
     assert "1 picture kept" in references
 

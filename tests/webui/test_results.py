@@ -52,45 +52,66 @@ def saving(webui, tmp_path):
     return tmp_path
 
 
+ONE = '{"job_timestamp": "1", "all_seeds": [7]}'
+"""What the browser has of job 1."""
+
+
 def saved(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_finished_jobs_map_and_notes_are_shown_in_its_tab():
-    results.remember("txt2img", [fusion_pass("a <b> note", "twice"), fusion_pass("twice", hires=True)])
-    page = results.result_html("txt2img")
+    results.remember("txt2img", "1", [fusion_pass("a <b> note", "twice"), fusion_pass("twice", hires=True)])
+    page = results.result_html("txt2img", ONE)
     assert page.count("data:image/png;base64,") == 2
     assert page.count("Hires pass") == 1
     assert "a &lt;b&gt; note" in page
     assert page.count("twice") == 1
-    assert results.result_html("img2img") == ""
+    assert results.result_html("img2img", ONE) == ""
 
 
-def test_a_new_job_takes_the_old_map_away():
-    results.remember("txt2img", [fusion_pass()])
-    results.forget("txt2img")
-    assert results.result_html("txt2img") == ""
+def test_each_browser_sees_its_own_job():
+    """Two clients of one server, in the same tab."""
+    results.remember("txt2img", "1", [fusion_pass("first")])
+    results.remember("txt2img", "2", [fusion_pass("second")])
+    assert "first" in results.result_html("txt2img", ONE)
+    assert "second" in results.result_html("txt2img", '{"job_timestamp": "2"}')
+    results.remember("txt2img", "3", [])
+    assert "first" in results.result_html("txt2img", ONE)
+    assert results.result_html("txt2img", '{"job_timestamp": "3"}') == ""
+
+
+@pytest.mark.parametrize("information", ["", None, "{}", "[]", "no JSON", '{"job_timestamp": "never"}'])
+def test_a_browser_without_a_job_sees_none(information):
+    results.remember("txt2img", "1", [fusion_pass("first", recipe="one")])
+    assert results.result_html("txt2img", information) == ""
+    assert results.recipe("txt2img", information) is None
+
+
+def test_old_jobs_are_let_go():
+    for number in range(40):
+        results.remember("txt2img", str(number), [fusion_pass(f"note {number}")])
+    assert results.result_html("txt2img", '{"job_timestamp": "0"}') == ""
+    assert "note 39" in results.result_html("txt2img", '{"job_timestamp": "39"}')
 
 
 def test_the_last_pass_that_ran_is_what_can_be_saved():
     results.remember(
-        "txt2img", [fusion_pass(recipe="first"), fusion_pass(hires=True, recipe="second"), fusion_pass("why", with_trace=False)]
+        "txt2img", "1", [fusion_pass(recipe="first"), fusion_pass(hires=True, recipe="second"), fusion_pass("why", with_trace=False)]
     )
-    assert results.recipe("txt2img") == "second"
-    assert results.recipe("img2img") is None
-    results.forget("txt2img")
-    assert results.recipe("txt2img") is None
+    assert results.recipe("txt2img", ONE) == "second"
+    assert results.recipe("img2img", ONE) is None
 
 
 def test_a_job_that_was_not_fused_shows_nothing():
-    results.remember("txt2img", [])
-    assert results.result_html("txt2img") == ""
+    results.remember("txt2img", "1", [])
+    assert results.result_html("txt2img", ONE) == ""
 
 
 def test_a_pass_that_never_ran_shows_its_notes_only():
-    results.remember("txt2img", [fusion_pass("why", with_trace=False)])
-    assert "why" in results.result_html("txt2img")
-    assert "<img" not in results.result_html("txt2img")
+    results.remember("txt2img", "1", [fusion_pass("why", with_trace=False)])
+    assert "why" in results.result_html("txt2img", ONE)
+    assert "<img" not in results.result_html("txt2img", ONE)
 
 
 def test_the_map_is_saved_beside_the_image(saving):
@@ -120,8 +141,8 @@ def test_nothing_is_saved_for_a_plain_image_or_unless_the_user_wants_it(webui, t
 
 
 def test_a_guided_job_shows_its_curve_and_both_references():
-    results.remember("txt2img", [fusion_pass(guidance=guidance())])
-    page = results.result_html("txt2img")
+    results.remember("txt2img", "1", [fusion_pass(guidance=guidance())])
+    page = results.result_html("txt2img", ONE)
     assert page.count("data:image/png;base64,") == 2
     assert page.count("data:image/jpeg;base64,") == 2
     assert "<b>Subject reference</b><span>generated: a &lt;b&gt;dog&lt;/b&gt;</span>" in page
@@ -129,8 +150,8 @@ def test_a_guided_job_shows_its_curve_and_both_references():
 
 
 def test_both_passes_have_a_curve_and_share_the_references():
-    results.remember("txt2img", [fusion_pass(guidance=guidance()), fusion_pass(hires=True, guidance=guidance())])
-    page = results.result_html("txt2img")
+    results.remember("txt2img", "1", [fusion_pass(guidance=guidance()), fusion_pass(hires=True, guidance=guidance())])
+    page = results.result_html("txt2img", ONE)
     assert page.count("data:image/png;base64,") == 4
     assert page.count("data:image/jpeg;base64,") == 2
     assert page.count("Hires pass") == 1
@@ -138,13 +159,13 @@ def test_both_passes_have_a_curve_and_share_the_references():
 
 @pytest.mark.parametrize("steps", [None, 0])
 def test_a_pass_that_no_step_of_was_guided_has_no_curve(steps):
-    results.remember("txt2img", [fusion_pass(guidance=guidance(steps))])
-    assert results.result_html("txt2img").count("data:image/png;base64,") == 1
+    results.remember("txt2img", "1", [fusion_pass(guidance=guidance(steps))])
+    assert results.result_html("txt2img", ONE).count("data:image/png;base64,") == 1
 
 
 def test_a_large_reference_is_shown_whole_and_smaller():
-    results.remember("txt2img", [fusion_pass(guidance=guidance())])
-    address = results.result_html("txt2img").split("data:image/jpeg;base64,")[1].split('"')[0]
+    results.remember("txt2img", "1", [fusion_pass(guidance=guidance())])
+    address = results.result_html("txt2img", ONE).split("data:image/jpeg;base64,")[1].split('"')[0]
     with Image.open(io.BytesIO(base64.b64decode(address))) as shown:
         assert shown.width == 2 * shown.height < 900
 

@@ -181,25 +181,25 @@ class TestPanel:
         with gr.Blocks() as demo:
             made = panel.build("txt2img", host)
             box = gr.Textbox()
-            panel.offer_to_save(box, made, lambda: found[0], host)
+            panel.offer_to_save(box, made, lambda information: found[0], host)
         functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
-        after_job, save, choices = functions[6:9]
+        after_job, save, choices = functions[7:10]
         return made, found, after_job, save, choices
 
     def test_the_controls_are_hidden_until_a_picture_was_fused(self, wired, host):
         made, found, after_job, _, _ = wired
         assert made.saving.part.visible is False
-        part, name, message = after_job()
+        part, name, message = after_job("")
         assert (part["visible"], name, message) == (True, "dog-ink", "")
         found[0] = None
-        part, name, message = after_job()
+        part, name, message = after_job("")
         assert (part["visible"], name, message) == (False, "", "")
         found[0], host.lora_folder = "a recipe", None
-        assert after_job()[0]["visible"] is False
+        assert after_job("")[0]["visible"] is False
 
     def test_the_button_saves_and_the_new_lora_can_be_picked(self, wired, host):
         _, _, _, save, choices = wired
-        assert "Saved as" in save("dog-ink", 0)
+        assert "Saved as" in save("", "dog-ink", 0)
         host.loras["dog-ink"] = "cc33"
         for update in choices():
             assert "dog-ink" in update["choices"]

@@ -148,9 +148,9 @@ def test_each_picture_has_the_hashes_of_its_own_loras(script):
     assert told == ["dog: aa11", None, "watercolor: bb22"]
 
 
-def test_an_inner_job_leaves_the_result_alone(script, host, script_module):
+def test_an_inner_job_leaves_the_result_alone(script, host, script_module, monkeypatch):
     kept = []
-    script_module.results.remember = lambda tab, passes: kept.append(tab)
+    monkeypatch.setattr(script_module.results, "remember", lambda tab, job, passes: kept.append(tab))
     host.inner, host.passes = True, lambda p: []
     script.postprocess(Job(), None)
     assert kept == []

@@ -41,10 +41,10 @@ class TestSaving:
     def saved(self, webui, tmp_path):
         def save(prompt, **settings):
             # The script's hook comes while the job still has its session.
-            keep = {"postprocess": lambda p, processed: results.remember("txt2img", webui.host.passes(p))}
+            keep = {"postprocess": lambda p, processed: results.remember("txt2img", "1", webui.host.passes(p))}
             p = webui.process(Processing(prompt, callbacks=keep, **settings)).p
             webui.shared.cmd_opts = types.SimpleNamespace(lora_dir=str(tmp_path))
-            said = saving.save(results.recipe("txt2img"), "both", 0, webui.host.catalogue)
+            said = saving.save(results.recipe("txt2img", '{"job_timestamp": "1"}'), "both", 0, webui.host.catalogue)
             assert "Saved as" in said, said
             webui.files["both"] = str(tmp_path / "both.safetensors")
             webui.networks.list_available_networks()
