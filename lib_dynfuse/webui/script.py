@@ -127,7 +127,7 @@ class DynFuseScript(scripts.Script):
 
     @_harmless
     def before_process_batch(self, p: Any, *arguments: Any, prompts: list[str], **kwargs: Any) -> None:
-        if not prompts:
+        if not prompts or detect().off is not None:
             return
         text = _tag_for(arguments)
         own = [tag.find_tags(prompt) for prompt in prompts]

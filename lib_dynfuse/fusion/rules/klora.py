@@ -46,7 +46,7 @@ class KLora(Rule):
         return torch.stack([subject, 1.0 - subject], -1).unsqueeze(1)
 
     def _sums(self) -> Tensor:
-        """(S,): S_c / (gamma S_s); infinite where there is the subject's LoRA alone, 0 where there is the style's."""
+        """(S,): S_c / (gamma S_s); infinite where there is the subject's LoRA alone, minus infinity where there is the style's."""
         present = self.places.present
         largest = torch.zeros(present.shape, device=self.device)
         total = torch.zeros(2, device=self.device)
@@ -58,7 +58,7 @@ class KLora(Rule):
             largest[site] = torch.stack([change.topk(count).values.sum() for change in changes])
             total += torch.stack([change.sum() for change in changes])
         ratio = largest[:, 0] / (total[0] / total[1] * largest[:, 1])
-        alone = torch.where(present[:, 0], torch.inf, 0.0).to(self.device)
+        alone = torch.where(present[:, 0], torch.inf, -torch.inf).to(self.device)
         return torch.where(present.all(1).to(self.device), ratio.nan_to_num(torch.inf), alone)
 
 
@@ -66,7 +66,7 @@ class KLoraStar(KLora):
     """The variant s* of the same paper: the style's sums times (1.5 tau + 1.3) mod 1.5."""
 
     name = "klora-s"
-    summary = "the same with K-LoRA's second scale, which gives the style the middle of the steps"
+    summary = "the same with K-LoRA's second scale: the style in the first steps, then the subject, then the style again"
 
     def scale(self, tau: float) -> float:
         return (ALPHA * tau + 1.3) % ALPHA

@@ -119,9 +119,11 @@ class TestKLora:
 
     def test_a_layer_of_one_lora_has_that_one(self, tmp_path, model, loras):
         part = lora_file(tmp_path / "part.safetensors", model, NAMES[:2], seed=9)
-        session = FusionSession(model, loras[0], part, FuseSettings(method="klora"))
-        run(session, model)
-        assert (session.trace.weights[:, 2:, :, 0] == 1).all()
+        for method in ("klora", "klora-s"):
+            for pair, own in (((loras[0], part), 0), ((part, loras[0]), 1)):
+                session = FusionSession(model, *pair, FuseSettings(method=method))
+                run(session, model, steps=15)  # at the third of which the second scale is 0
+                assert (session.trace.weights[:, 2:, :, own] == 1).all()
 
     def test_it_is_defined_for_two(self, model, loras):
         with pytest.raises(FusionError, match="The method klora is defined for one subject LoRA and one style LoRA, not for 3 LoRAs."):
