@@ -36,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _add_train(commands: Any) -> None:
+    from .training.loras import SETS
     from .training.steps import STEPS
 
     train = commands.add_parser("train", help="make all weights from nothing: hours on two CPU cores, can be interrupted")
@@ -45,10 +46,10 @@ def _add_train(commands: Any) -> None:
         "--work", type=Path, help="checkpoints and records (default: out/toy-training; with --weights DIR, DIR-training beside it)"
     )
     train.add_argument(
-        "--module-dropout",
-        type=_share,
-        metavar="P",
-        help="of the step loras: each layer of a LoRA stays out of a training step with this probability, 0.5 at most (docs/quality.md)",
+        "--set",
+        choices=tuple(SETS),
+        default="plain",
+        help="of the step loras: LoRAs as users' files differ (docs/quality.md); those that are shipped are plain",
     )
     train.set_defaults(run=_train)
 
@@ -61,27 +62,20 @@ def _step(name: str) -> str:
     return name
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 0.5:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 0.5")
-    return value
-
-
 def _train(options: argparse.Namespace) -> int:
     from .training.steps import STEPS, train
 
     shipped = options.weights.resolve() == WEIGHTS.resolve()
-    if options.module_dropout and (shipped or options.steps != ["loras"]):
+    if options.set != "plain" and (shipped or options.steps != ["loras"]):
         print(
-            "--module-dropout makes other LoRAs than the shipped ones: toy train loras --module-dropout 0.5 --weights DIR, with a copy of "
+            f"--set {options.set} makes other LoRAs than the shipped ones: toy train loras --set {options.set} --weights DIR, with a copy of "
             f"{WEIGHTS} in DIR.",
             file=sys.stderr,
         )
         return 2
     beside = options.weights.with_name(f"{options.weights.resolve().name}-training")
     work = options.work or (Path("out/toy-training") if shipped else beside)
-    return train(work, options.weights, options.steps or tuple(STEPS), module_dropout=options.module_dropout or 0.0)
+    return train(work, options.weights, options.steps or tuple(STEPS), kind=options.set)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -125,6 +125,10 @@ def setting(
     )
 
 
+RECOMMENDED = -1.0
+"""In place of a contrast: what the method recommends. So is everything below 0, which a slider passes on its way."""
+
+
 @dataclass(frozen=True)
 class FuseSettings:
     """How a subject LoRA and a style LoRA are fused. Raises SettingsError for a value outside its range."""
@@ -158,7 +162,7 @@ class FuseSettings:
         canonical=_weights,
     )
     method: str = setting(
-        "dynfuse",
+        "balanced",
         "Method",
         lambda: " ".join(f"{name}: {summary}." for name, summary in METHODS.items()),
         choices=lambda: tuple(METHODS),
@@ -369,13 +373,13 @@ class FuseSettings:
         slider=(0, 1024, 16),
     )
     contrast: float = setting(
-        0.0,
+        RECOMMENDED,
         "Contrast",
         "Stronger LoRAs without burning: moves the prompt's prediction away from what the model would draw without any of the LoRAs. In "
-        "units of the CFG scale: 1 is as much as one step of CFG. 0 is none. Costs one more prediction of the prompt at the steps at which "
-        "it is made.",
-        minimum=0.0,
-        slider=(0.0, 5.0, 0.1),
+        "units of the CFG scale: 1 is as much as one step of CFG. 0 is none. -1: what the method recommends, which is 1 for balanced and "
+        "none for all others. Costs one more prediction of the prompt at the steps at which it is made.",
+        minimum=RECOMMENDED,
+        slider=(RECOMMENDED, 5.0, 0.1),
     )
     style_contrast: float = setting(
         0.0,
@@ -392,7 +396,7 @@ class FuseSettings:
         slider=(0.0, 5.0, 0.1),
     )
     contrast_every: int = setting(
-        1,
+        5,
         "Contrast made every",
         "Make the direction of the contrast anew only at every n-th step, and keep it in between: nearly as good, and cheaper.",
         minimum=1,

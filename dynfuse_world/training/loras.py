@@ -1,7 +1,9 @@
-"""Low-rank adapters of the U-Net's attention: one for each subject and style that is held out, and one for each pair as a ceiling."""
+"""Low-rank adapters of the U-Net's transformers: one for each subject and style that is held out, and one for each pair as a ceiling."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -25,7 +27,9 @@ from .pictures import as_tensor, base_scene
 RANK = 8
 ORACLE_RANK = 4
 BATCH = 16
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
+LINEAR = (*ATTENTION, ".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out")
+"""The layers that a LoRA changes: what kohya's trainer takes of a U-Net unless told otherwise."""
 
 SUBJECT_STYLES = ("flat", "striped", "sketch", "pixel", "sepia")
 _STYLE_OBJECTS = ("cat", "house", "rocket", "cup", "flower")
@@ -41,7 +45,8 @@ class Recipe:
 
     steps: of AdamW, of 16 pictures each. rate: its highest. prior: pictures of a batch that are the base model's own, with captions that it
     knows, so that only what the lesson's words say is changed. moved: see also copies of the pictures, up to 4 pixels away. power: of the
-    loss (see denoising_loss).
+    loss (see denoising_loss). module_dropout: at each step each layer's branch is absent with this probability, so that none relies on
+    all others (kohya's trainer has it under this name).
     """
 
     steps: int = 400
@@ -49,6 +54,7 @@ class Recipe:
     prior: int = 0
     moved: bool = False
     power: float = 1.0
+    module_dropout: float = 0.0
 
 
 SUBJECT = Recipe()
@@ -56,6 +62,13 @@ STYLE = Recipe(rate=3e-3, prior=2, moved=True, power=0.5)
 """Colours and patterns are decided at the noisiest times. A style that learned places would bring its own objects' shapes along."""
 
 ORACLE = Recipe(steps=200, rate=3e-3)
+
+SETS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"module_dropout": 0.3},
+    "overfit": {"steps": 1600, "prior": 0, "moved": False},
+}
+"""How users' files differ, as changes of the recipes. overfit: four times as long on the five pictures alone, as DreamBooth-style files are."""
 
 
 @dataclass(frozen=True)
@@ -104,44 +117,41 @@ class LowRank(nn.Module):
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        point = weight.shape[2:]  # of a convolution's kernel, 1 x 1
+        self.down = nn.Parameter(torch.randn(rank, weight.shape[1], *point) / weight.shape[1] ** 0.5)
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *point))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight if self.absent else weight + self.up @ self.down
+        return weight if self.absent else weight + (self.up.flatten(1) @ self.down.flatten(1)).view_as(weight)
 
 
 def train_lora(
-    lesson: Lesson, work: Path, weights: Path, *, rank: int = RANK, module_dropout: float = 0.0
+    lesson: Lesson, work: Path, weights: Path, *, rank: int = RANK, layers: tuple[str, ...] = LINEAR
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The LoRA in kohya's form, and what is worth recording.
-
-    module_dropout: at each step each layer's branch is absent with this probability, so that none relies on all others (kohya's trainer
-    has it as module_dropout).
-    """
-    recipe = lesson.recipe
+    """The LoRA in kohya's form, and what is worth recording. layers: see attach."""
+    recipe, seed = lesson.recipe, _seed(lesson)
     pipeline = load_pipeline(weights)
     unet, text = pipeline.unet.requires_grad_(False), pipeline.text_encoder
     latents, captions = _material(lesson, pipeline.vae)
     taught = len(latents) - (_PRIOR_PICTURES if recipe.prior else 0)
     with torch.no_grad():
         context = encoded(captions, text)
-    torch.manual_seed(_SEED)
-    branches = attach(unet, rank)
+    torch.manual_seed(seed)
+    branches = attach(unet, rank, layers)
     loop = TrainingLoop(
         lesson.name,
         {name.replace(".", "/"): branch for name, branch in branches.items()},
         steps=recipe.steps,
         rate=recipe.rate,
         checkpoint=work / f"lora-{lesson.name}.pt",
-        seed=_SEED,
+        seed=seed,
         warm_up=30,
         average=0.98,
         decay=1e-2,
     )
     noises = alphas()
     for step in loop:
-        _drop(branches, module_dropout, random.Random(f"{_SEED} {lesson.name} {step}"))
+        _drop(branches, recipe.module_dropout, random.Random(f"{_SEED} {lesson.name} {step}"))
         chosen = torch.randint(taught, (BATCH - recipe.prior,))
         if recipe.prior:
             chosen = torch.cat([chosen, torch.randint(taught, len(latents), (recipe.prior,))])
@@ -150,6 +160,11 @@ def train_lora(
         loop.descend(loss, error=error)
     loop.finish()
     return kohya(branches), {"steps": loop.step, "seconds": round(loop.seconds), "error": loop.figures["error"]}
+
+
+def _seed(lesson: Lesson) -> int:
+    """Its own: LoRAs that begin with the same random matrices would share what they listen to, which strangers' files do not."""
+    return int.from_bytes(hashlib.sha256(f"{_SEED} {lesson.name}".encode()).digest()[:4], "big")
 
 
 def _drop(branches: dict[str, LowRank], share: float, rng: random.Random) -> None:
@@ -188,11 +203,11 @@ def _moved(pictures: Tensor, rng: random.Random) -> Tensor:
     return torch.stack([picture[:, y : y + height, x : x + width] for picture, (y, x) in zip(padded, corners, strict=True)])
 
 
-def attach(unet: nn.Module, rank: int) -> dict[str, LowRank]:
-    """A LowRank on every linear layer of the attentions, by the layer's name."""
-    layers = {name: module for name, module in unet.named_modules() if name.endswith(ATTENTION)}
+def attach(unet: nn.Module, rank: int, layers: tuple[str, ...] = LINEAR) -> dict[str, LowRank]:
+    """A LowRank on every layer of a transformer whose name ends with one of `layers`, by the layer's name."""
+    found = {name: module for name, module in unet.named_modules() if ".attentions." in name and name.endswith(layers)}
     branches = {}
-    for name, layer in layers.items():
+    for name, layer in found.items():
         branches[name] = LowRank(layer.weight, rank)
         parametrize.register_parametrization(layer, "weight", branches[name])
     return branches
@@ -208,14 +223,15 @@ def kohya(branches: dict[str, LowRank]) -> dict[str, Tensor]:
     return tensors
 
 
-def train_loras(work: Path, weights: Path, *, module_dropout: float = 0.0) -> dict[str, Any]:
-    """Writes loras/*.safetensors; needs the base model. module_dropout: see train_lora."""
+def train_loras(work: Path, weights: Path, *, kind: str = "plain") -> dict[str, Any]:
+    """Writes loras/*.safetensors; needs the base model. kind: one of SETS."""
     records = {}
     for lesson in single_lessons():
-        tensors, records[lesson.name] = train_lora(lesson, work, weights, module_dropout=module_dropout)
+        recipe = dataclasses.replace(lesson.recipe, **SETS[kind])
+        tensors, records[lesson.name] = train_lora(dataclasses.replace(lesson, recipe=recipe), work, weights)
         metadata = {"ss_network_dim": str(RANK), "ss_network_alpha": str(RANK), "ss_output_name": lesson.name}
-        if module_dropout:
-            metadata["ss_network_args"] = json.dumps({"module_dropout": str(module_dropout)})
+        if recipe.module_dropout:
+            metadata["ss_network_args"] = json.dumps({"module_dropout": str(recipe.module_dropout)})
         save_weights(tensors, weights / "loras" / f"{lesson.name}.safetensors", metadata)
     return records
 
@@ -224,14 +240,16 @@ def train_oracles(work: Path, weights: Path) -> dict[str, Any]:
     """Writes oracles.safetensors."""
     oracles, records = {}, {}
     for lesson in pair_lessons():
-        oracles[lesson.name], records[lesson.name] = train_lora(lesson, work, weights, rank=ORACLE_RANK)
+        oracles[lesson.name], records[lesson.name] = train_lora(lesson, work, weights, rank=ORACLE_RANK, layers=ATTENTION)
     write_oracles(oracles, weights)
     return records
 
 
 __all__ = [
     "ATTENTION",
+    "LINEAR",
     "RANK",
+    "SETS",
     "SUBJECT_STYLES",
     "Lesson",
     "pair_lessons",

@@ -36,15 +36,12 @@ STEPS: dict[str, Step] = {
 }
 
 
-def train(work: Path, weights: Path, names: Sequence[str] = tuple(STEPS), *, module_dropout: float = 0.0) -> int:
+def train(work: Path, weights: Path, names: Sequence[str] = tuple(STEPS), *, kind: str = "plain") -> int:
     """Run the steps that are not done, with progress on standard error. Returns the exit code.
 
-    work: checkpoints, pictures, and records.json with what each finished step took. module_dropout: of the step "loras" (see
-    loras.train_lora).
+    work: checkpoints, pictures, and records.json with what each finished step took. kind: of the LoRAs, one of loras.SETS.
     """
-    steps = dict(STEPS)
-    if module_dropout:
-        steps["loras"] = partial(STEPS["loras"], module_dropout=module_dropout)
+    steps = {**STEPS, "loras": partial(STEPS["loras"], kind=kind)}
     torch.set_flush_denormal(True)
     records_file = work / "records.json"
     records: dict[str, Any] = json.loads(records_file.read_text("utf-8")) if records_file.is_file() else {}

@@ -41,7 +41,8 @@ class Predictions:
         """subjects: of each LoRA, whether it is a subject's. alone: puts LoRAs on the model."""
         settings = state.settings
         sides = {side: tuple(n for n, own in enumerate(subjects) if own == side) for side in (True, False)}
-        wanted = (((), settings.contrast), (sides[False], settings.style_contrast), (sides[True], settings.subject_contrast))
+        contrast = settings.contrast if settings.contrast >= 0 else state.rule.contrast
+        wanted = (((), contrast), (sides[False], settings.style_contrast), (sides[True], settings.subject_contrast))
         self._away = [(members, strength) for members, strength in wanted if strength]
         self._state = state
         self._alone = alone

@@ -112,13 +112,13 @@ def test_an_unknown_step_is_refused_with_those_that_there_are(capsys):
 
 @pytest.mark.parametrize(
     "wrong",
-    [["loras", "--module-dropout", "0.5"], ["--module-dropout", "0.5", "--weights", "w"], ["loras", "clip", "--module-dropout", "0.5"]],
+    [["loras", "--set", "overfit"], ["--set", "dropout", "--weights", "w"], ["loras", "clip", "--set", "dropout", "--weights", "w"]],
 )
 def test_other_loras_never_replace_the_shipped_ones(wrong, capsys):
     assert cli.main(["train", *wrong]) == 2
     assert "--weights DIR" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["train", "loras", "--module-dropout", "1.5", "--weights", "w"])
+        cli.main(["train", "loras", "--set", "paint", "--weights", "w"])
 
 
 def test_what_is_made_once_is_whole_or_not_there(tmp_path):

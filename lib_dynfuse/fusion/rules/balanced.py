@@ -20,6 +20,7 @@ class Balanced(Rule):
     name = "balanced"
     summary = "all LoRAs added everywhere, each made as loud as the others"
     constant = True
+    contrast = 1.0
 
     _factors: Tensor | None = None
 

@@ -58,7 +58,8 @@ class Rule(ABC):
     name: the value of the setting `method`. summary: one line for the panel. measures: its weights follow from votes, the divergences of
     the setting `criterion`. selects: exactly one LoRA has a weight at each site of each image. constant: its weights are the same at
     every step. uniform: all its weights are 1. composes: the prediction is the mean of one for each LoRA alone, and the weights only say
-    so to the record. device: where weights without votes are wanted.
+    so to the record. contrast: how much of it goes with the method where the setting leaves it to that. device: where weights without
+    votes are wanted.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Rule(ABC):
     constant: ClassVar[bool] = False
     uniform: ClassVar[bool] = False
     composes: ClassVar[bool] = False
+    contrast: ClassVar[float] = 0.0
 
     places: Places
     device: torch.device = torch.device("cpu")
