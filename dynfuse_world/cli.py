@@ -68,8 +68,8 @@ def _train(options: argparse.Namespace) -> int:
     shipped = options.weights.resolve() == WEIGHTS.resolve()
     if options.set != "plain" and (shipped or options.steps != ["loras"]):
         print(
-            f"--set {options.set} makes other LoRAs than the shipped ones: toy train loras --set {options.set} --weights DIR, with a copy of "
-            f"{WEIGHTS} in DIR.",
+            f"--set {options.set} makes other LoRAs than the shipped ones: toy train loras --set {options.set} --weights DIR, with a "
+            f"copy of {WEIGHTS} in DIR.",
             file=sys.stderr,
         )
         return 2

@@ -566,8 +566,11 @@ _PAPER: dict[str, Any] = {
 }
 """Sections 4.1, 4.2 and 5.1 of the paper (arXiv 2602.15539); what it leaves open is as in the defaults."""
 
+_DEFAULT = {name: FuseSettings.__dataclass_fields__[name].default for name in _PAPER}
+
 PRESETS: dict[str, Mapping[str, Any]] = {
-    "default": {name: FuseSettings.__dataclass_fields__[name].default for name in _PAPER},
+    "default": _DEFAULT,
+    "best": {**_DEFAULT, "contrast": 1.0, "subject_contrast": 0.5, "contrast_every": 1},
     "paper": _PAPER,
 }
 """Values of the same fields each, so that one takes back what another set."""

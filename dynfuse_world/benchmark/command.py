@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{str(error)[:1].upper()}{str(error)[1:]}.", file=sys.stderr)
         return 2
     rows = list({row.name: row for row in rows}.values())
-    seeds = tuple(range(options.seeds or (_QUICK_SEEDS if options.quick else len(SEEDS))))
+    count = options.seeds or (_QUICK_SEEDS if options.quick else len(SEEDS))
+    seeds = tuple(range(options.first_seed, options.first_seed + count))
     work = tasks(pairs, rows)
     if not work:
         print("Nothing to do: the sweep's rows are for the tuning pairs.", file=sys.stderr)
@@ -53,15 +54,18 @@ def main(argv: Sequence[str]) -> int:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dynfuse-bench-") as references:
-        outcomes = made(work, Setup(options.weights, Path(references), options.load_judge, seeds), workers)
+        setup = Setup(
+            options.weights, Path(references), options.load_judge, seeds, options.steps, options.cfg_scale, tuple(options.loudness)
+        )
+        outcomes = made(work, setup, workers)
     seconds = time.perf_counter() - start
     # A machine's other work at the start; its own workers are not yet in it.
     about = {"workers": workers, "load_before": load, "seconds": seconds}
     reported, tuned = (summaries(outcomes, rows, [pair for pair in group if pair in pairs]) for group in (REPORTED, TUNING))
     if options.json:
-        print(json.dumps(_result(outcomes, reported, tuned, pairs, seeds, about)))
+        print(json.dumps(_result(outcomes, reported, tuned, pairs, setup, about)))
     else:
-        print(_text(reported, tuned, pairs, seeds, about))
+        print(_text(reported, tuned, pairs, setup, about))
     if options.pictures:
         from .pictures import write_pictures
 
@@ -88,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--pairs", metavar="P", help=f"{', '.join(_SETS)}, or names with commas between ({PAIRS[0].name},{PAIRS[1].name}) (default: all)")
     add("--seeds", type=_positive, metavar="N", help=f"pictures of each pair (default: {len(SEEDS)})")
     add("--quick", action="store_true", help=f"{_QUICK_SEEDS} pictures of each tuning pair, without the sweep: only shows that all works")
+    add("--first-seed", type=int, default=0, metavar="N", help="of the pictures (default: 0)")
+    add("--steps", type=_positive, default=STEPS, metavar="N", help=f"of the sampler (default: {STEPS})")
+    add("--cfg", type=float, default=CFG_SCALE, dest="cfg_scale", metavar="X", help=f"scale (default: {CFG_SCALE:g})")
+    add("--loudness", type=float, nargs=2, default=(1.0, 1.0), metavar=("S", "T"), help="as if the subjects' and the styles' files had "
+        "been saved S and T times as strong; their weights stay 1")  # fmt: skip
     add("--workers", type=_positive, metavar="N", help="processes (default: one for each processor)")
     add("--weights", type=Path, default=WEIGHTS, metavar="DIR", help="the world's weights (default: those that come along)")
     parser.set_defaults(load_judge=shipped_judge)
@@ -111,15 +120,15 @@ def _positive(text: str) -> int:
     return value
 
 
-def _text(reported: Sequence[Summary], tuned: Sequence[Summary], pairs: Sequence[Pair], seeds: Sequence[int], about: dict[str, Any]) -> str:
+def _text(reported: Sequence[Summary], tuned: Sequence[Summary], pairs: Sequence[Pair], setup: Setup, about: dict[str, Any]) -> str:
     parts = []
     for title, group, found in (("Reported", REPORTED, reported), ("Tuning", TUNING, tuned)):
         if found:
             count = sum(pair in pairs for pair in group)
-            parts += [f"### {title} pairs: {count} × {len(seeds)} pictures a row", scores_table(found), diagnosis_table(found)]
+            parts += [f"### {title} pairs: {count} × {len(setup.seeds)} pictures a row", scores_table(found), diagnosis_table(found)]
     load = "" if about["load_before"] is None else f" (load before: {about['load_before']:.1f})"
     parts.append(
-        f"Means with 95 % bootstrap intervals (pairs, and seeds within pairs). {STEPS} steps of DDIM, CFG {CFG_SCALE:g}.\n"
+        f"Means with 95 % bootstrap intervals (pairs, and seeds within pairs). {setup.steps} steps of DDIM, CFG {setup.cfg_scale:g}.\n"
         f"{about['seconds'] / 60:.1f} minutes in {about['workers']} processes of one thread on {processor()}{load}.\n"
         "Seconds per picture: of one processor, without making the guidance's references."
     )
@@ -131,14 +140,15 @@ def _result(
     reported: Sequence[Summary],
     tuned: Sequence[Summary],
     pairs: Sequence[Pair],
-    seeds: Sequence[int],
+    setup: Setup,
     about: dict[str, Any],
 ) -> dict[str, Any]:
     return {
         "protocol": {
-            "steps": STEPS,
-            "cfg_scale": CFG_SCALE,
-            "seeds": list(seeds),
+            "steps": setup.steps,
+            "cfg_scale": setup.cfg_scale,
+            "loudness": list(setup.loudness),
+            "seeds": list(setup.seeds),
             "reference_seed": REFERENCE_SEED,
             "prompts": {pair.name: [pair.prompt, pair.subject_prompt, pair.style_prompt] for pair in pairs},
             "tuning": [pair.name for pair in TUNING if pair in pairs],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib_dynfuse.fusion import Rule, Step
@@ -79,9 +81,9 @@ class Studio:
 
     def _fused(self, pair: Pair, row: Row, clock: _Clock) -> tuple[list[Image.Image], Diagnosis | None]:
         setup = self.setup
-        subject = read_oracle(setup.weights, pair.name) if row.loras == "oracle" else self._lora(pair.subject)
+        subject = read_oracle(setup.weights, pair.name) if row.loras == "oracle" else self._lora(pair.subject, setup.loudness[0])
         rule = RandomChoice(pair, setup.seeds) if row.loras == "random" else None
-        fused = _Fusion(self._pipeline, subject, self._lora(pair.style), row, pair, self._guidance, rule)
+        fused = _Fusion(self._pipeline, subject, self._lora(pair.style, setup.loudness[1]), row, pair, self._guidance, rule)
         made = fused(
             pair.prompt,
             seeds=setup.seeds,
@@ -92,10 +94,20 @@ class Studio:
         )
         return made.images, diagnosis(made.trace, all_rows=fused.every_row)
 
-    def _lora(self, name: str) -> LoraFile:
+    def _lora(self, name: str, loudness: float) -> LoraFile:
         if name not in self._loras:
-            self._loras[name] = read_lora(self.setup.weights / "loras" / f"{name}.safetensors")
+            path = self.setup.weights / "loras" / f"{name}.safetensors"
+            self._loras[name] = read_lora(path) if loudness == 1 else louder(path, loudness)
         return self._loras[name]
+
+
+def louder(path: Path, factor: float) -> LoraFile:
+    """The LoRA as if it had been saved at that strength: its weight in the fusion stays 1."""
+    tensors = {name: tensor * factor if name.endswith(".alpha") else tensor for name, tensor in load_file(path).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        save_file(tensors, str(copy))
+        return read_lora(copy)
 
 
 def random_choice(pair: Pair, seeds: tuple[int, ...], site: Site) -> Tensor:
@@ -160,4 +172,4 @@ class _Clock:
         return time.process_time() - self._start
 
 
-__all__ = ["RandomChoice", "Studio", "random_choice", "shipped_judge"]
+__all__ = ["RandomChoice", "Studio", "louder", "random_choice", "shipped_judge"]

@@ -13,9 +13,11 @@ from .protocol import REFERENCE_SEED, Pair
 
 METHODS = {
     "direct": FuseSettings(method="direct"),
-    "selection": FuseSettings(),
+    "default": FuseSettings(),
+    "best": FuseSettings.from_mapping({"preset": "best"}),
+    "selection": FuseSettings(method="dynfuse"),
     "guidance": FuseSettings(method="direct", guidance=True),
-    "both": FuseSettings(guidance=True),
+    "both": FuseSettings(method="dynfuse", guidance=True),
 }
 """What a row's first word stands for."""
 RANDOM = "random"
@@ -71,6 +73,8 @@ ROWS = (
     Row("style only", group="floor", settings=FuseSettings(method="direct", subject_weight=0.0)),
     Row("random choice", loras="random", group="floor", settings=METHODS["selection"]),
     Row("direct"),
+    Row("default", settings=METHODS["default"]),
+    Row("best", settings=METHODS["best"]),
     Row("direct at 0.7", settings=FuseSettings(method="direct", subject_weight=0.7, style_weight=0.7)),
     Row("selection", settings=METHODS["selection"]),
     Row("guidance", settings=METHODS["guidance"]),

@@ -39,7 +39,7 @@ class Setup:
     """weights: folder of the world's networks and LoRAs. references: folder for the guidance's references.
 
     load_judge: makes the judge of a folder of weights; a function that other processes can import. seeds, steps, cfg_scale: the
-    protocol's, but for trials.
+    protocol's, but for trials. loudness: factors on the strength of the subject's and the style's file.
     """
 
     weights: Path
@@ -48,6 +48,7 @@ class Setup:
     seeds: tuple[int, ...] = SEEDS
     steps: int = STEPS
     cfg_scale: float = CFG_SCALE
+    loudness: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)

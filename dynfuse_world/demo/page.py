@@ -19,11 +19,14 @@ from .pictures import Judged, Show
 
 METHODS = {
     "direct": ("Direct", "both LoRAs added up everywhere, as two ordinary LoRA tags do"),
-    "selection": ("Selection", "each layer uses the LoRA that changes its features more, chosen anew at every step"),
-    "guidance": ("Guidance", "both added up, and every step nudged towards the two pictures of one LoRA alone"),
-    "both": ("Selection + guidance", "the two together, all of DynFuse"),
+    "default": ("Default", "both added up, each as loud as the other, and moved away from the picture without them"),
+    "selection": (
+        "Selection",
+        "each layer uses the LoRA that changes its features more, chosen anew at every step: the paper's first half",
+    ),
+    "both": ("Selection + guidance", "and every step nudged towards the two pictures of one LoRA alone: all of the paper"),
 }
-"""Name and explanation of each of the benchmark's methods."""
+"""Name and explanation of those of the benchmark's methods that are shown."""
 
 _STYLE_SHEET = Path(__file__).with_name("page.css")
 

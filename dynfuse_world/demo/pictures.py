@@ -25,6 +25,8 @@ from ..painter import SUBJECTS
 from ..training.loras import Lesson, style_lesson, subject_lesson
 
 SIDES = ("subject", "style")
+SHOWN = ("direct", "default", "selection", "both")
+"""Of the benchmark's methods."""
 
 Progress = Callable[[str], None]
 """Called after each step with what is being made."""
@@ -75,7 +77,7 @@ class Show:
 
 def steps_in_all(pairs: int, steps: int) -> int:
     """How many times `make` calls its progress for that many pairs."""
-    return pairs * steps * (len(METHODS) + len(SIDES))
+    return pairs * steps * (len(SHOWN) + len(SIDES))
 
 
 def make(
@@ -89,7 +91,8 @@ def make(
     encoders = EncoderSources(cache, clip=str(weights / "clip"), dino=str(weights / "dino"), download=False)
     sources = GuidanceSources(encoders, ReferenceCache(cache))
     made: dict[str, FusedImages] = {}
-    for name, settings in METHODS.items():
+    for name in SHOWN:
+        settings = METHODS[name]
         fused = FusedPipeline(pipeline, subject, style, Row(name, settings=settings).settings_for(pair), sources)
 
         def drawing(done: int, total: int, what: str = f"{pair.name}: {name}") -> None:
@@ -131,4 +134,4 @@ def taught(lesson: Lesson) -> list[tuple[str, Image.Image]]:
     return [(caption, Image.fromarray(picture)) for caption, picture in zip(lesson.captions, pixels)]
 
 
-__all__ = ["SIDES", "Judged", "Show", "judged", "make", "steps_in_all", "taught"]
+__all__ = ["SHOWN", "SIDES", "Judged", "Show", "judged", "make", "steps_in_all", "taught"]

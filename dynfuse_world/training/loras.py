@@ -68,7 +68,7 @@ SETS: dict[str, dict[str, Any]] = {
     "dropout": {"module_dropout": 0.3},
     "overfit": {"steps": 1600, "prior": 0, "moved": False},
 }
-"""How users' files differ, as changes of the recipes. overfit: four times as long on the five pictures alone, as DreamBooth-style files are."""
+"""How users' files differ, as changes of the recipes. overfit: four times as long, on the five pictures alone, as in DreamBooth."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def train(work: Path, weights: Path, names: Sequence[str] = tuple(STEPS), *, kin
 
     work: checkpoints, pictures, and records.json with what each finished step took. kind: of the LoRAs, one of loras.SETS.
     """
-    steps = {**STEPS, "loras": partial(STEPS["loras"], kind=kind)}
+    steps: dict[str, Step] = {**STEPS, "loras": partial(STEPS["loras"], kind=kind)}
     torch.set_flush_denormal(True)
     records_file = work / "records.json"
     records: dict[str, Any] = json.loads(records_file.read_text("utf-8")) if records_file.is_file() else {}

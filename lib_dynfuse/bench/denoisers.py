@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion import FusionSession, Rows
+from ..fusion import FusionSession, Rows, Step
+from ..fusion.predictions import Call
 from ..lora import LoraFile, read_lora
 from ..settings import FuseSettings
 
@@ -41,6 +42,7 @@ _TEXT_TOKENS = 77
 
 ROWS = Rows((0, 0), (False, True), 1)
 """One image: an unconditional and a conditional row."""
+CFG_SCALE = 5.0
 
 
 class NoDenoiser(RuntimeError):
@@ -60,14 +62,16 @@ class Denoiser:
     def latent(self) -> Tensor:
         return next(iter(self.inputs.values()))
 
-    def run(self) -> object:
-        return self.unet(**self.inputs)
+    def run(self, positions: tuple[int, ...] | None = None) -> Any:
+        """The prediction. positions: of the rows, None for all."""
+        inputs = self.inputs if positions is None else _rows(self.inputs, list(positions))
+        output = self.unet(**inputs)
+        return getattr(output, "sample", output)
 
-    def step(self, session: FusionSession) -> None:
-        """A whole step of a session on it."""
-        session.begin()
-        with session.attached(ROWS):
-            self.run()
+    def step(self, session: FusionSession, step: Step | None = None, run: Call | None = None) -> None:
+        """A whole step of a session on it. step: as in FusionSession.begin. run: in place of the denoiser's own."""
+        session.begin(step)
+        session.predict(run or self.run, ROWS, CFG_SCALE)
         session.end_step()
 
     def wait(self) -> None:
@@ -95,6 +99,14 @@ class Loras:
     def first(self) -> Loras:
         """One LoRA alone."""
         return Loras(self.subjects[:1], ())
+
+
+def _rows(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Single numbers are for all rows."""
+    chosen: dict[str, Any] = {}
+    for name, value in inputs.items():
+        chosen[name] = _rows(value, rows) if isinstance(value, dict) else value[rows] if value.dim() else value
+    return chosen
 
 
 def default_size(model: str) -> int:
@@ -196,6 +208,7 @@ def processor() -> str:
 
 
 __all__ = [
+    "CFG_SCALE",
     "CONFIGURATIONS",
     "ROWS",
     "WORLD",

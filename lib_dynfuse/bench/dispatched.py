@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..fusion import FusionSession
+from ..fusion import FusionSession, Step
 from ..fusion.layer import FusedLayer
-from .denoisers import ROWS, Denoiser
+from .denoisers import Denoiser
 
 # They make room or another look at what is there: no kernel runs.
 _NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
-_WARM_UP = 3
+_WARM_UP, _STEPS = 3, 20
 
 
 class Dispatched(TorchDispatchMode):
@@ -56,16 +56,19 @@ class Added:
 
 @torch.no_grad()
 def added(denoiser: Denoiser, session: FusionSession) -> Added:
-    """Of a step of one call, after the first steps."""
+    """Of a step of one call, after the first steps, in which a contrast keeps its direction."""
     with Dispatched() as plain:
         denoiser.run()
-    for _ in range(_WARM_UP):
-        denoiser.step(session)
+    for index in range(_WARM_UP):
+        denoiser.step(session, Step.of(index, _STEPS))
+    call = Dispatched()
+
+    def run(positions: tuple[int, ...] | None) -> Any:
+        with call:
+            return denoiser.run(positions)
+
     with Dispatched() as whole:
-        session.begin()
-        with session.attached(ROWS), Dispatched() as call:
-            denoiser.run()
-        session.end_step()
+        denoiser.step(session, Step.of(_WARM_UP, _STEPS), run)
     layers = sum(isinstance(layer, FusedLayer) for layer in session.layers)
     return Added(plain.operations.total(), layers, call.operations - plain.operations, whole.operations - call.operations)
 

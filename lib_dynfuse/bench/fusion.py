@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..fusion import FusionSession
+from ..fusion import FusionSession, Step
+from ..fusion.rules import RULES
 from ..settings import FuseSettings
 from . import sweep
 from .denoisers import CONFIGURATIONS, WORLD, Denoiser, Loras, NoDenoiser, build, default_size, loras, processor
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, metavar="PX", help="side of the image in pixels (default: 256 for sd15, 512 for sdxl, 64 for world)")
     add("--rank", "--branches-rank", dest="rank", type=int, metavar="R", help=f"rank of the random LoRAs (default: {_RANK})")
     add("--loras", type=int, default=2, metavar="N", help="LoRAs, 1 to 4: one half subjects, the other styles (default: 2)")
-    add("--decide", choices=("now", "next"), default=FuseSettings().decide, help="how `fused` decides (default: the settings' default)")
+    add("--method", choices=tuple(RULES), default=FuseSettings().method, help="of `fused` (default: the settings' default)")
+    add("--decide", choices=("now", "next"), default=FuseSettings().decide, help="how a method decides that measures (default: the "
+        "settings' default)")  # fmt: skip
     add("--sweep", choices=sweep.AXES, help="print how the cost grows with the rank, the number of LoRAs, of pixels or of layers")
     add("--operations", action="store_true", help="only count dispatched operations, without running anything")
     add("--rounds", type=int, metavar="N", help=f"turns that each way takes (default: {_ROUNDS}; {_ROUNDS_OF_THE_WORLD} for world)")
@@ -84,7 +87,7 @@ def _result(arguments: argparse.Namespace) -> dict[str, Any]:
     size = arguments.size or default_size(model)
     rank = None if model == WORLD else arguments.rank or _RANK
     rounds = arguments.rounds or (_ROUNDS_OF_THE_WORLD if model == WORLD else _ROUNDS)
-    fused = FuseSettings(decide=arguments.decide)
+    fused = FuseSettings(method=arguments.method, decide=arguments.decide)
 
     def progress(text: str) -> None:
         if not arguments.json:
@@ -107,22 +110,22 @@ def _result(arguments: argparse.Namespace) -> dict[str, Any]:
     progress(f"Building {what} ...")
     denoiser = build(model, size, device, dtype)
     if arguments.sweep:
-        rows = sweep.measure(arguments.sweep, denoiser, arguments.loras, rank, fused, partial(timed, rounds=rounds, progress=progress))
+        rows = sweep.measure(arguments.sweep, denoiser, arguments.loras, rank, fused, partial(timed, rounds=rounds, progress=progress), way)
         return {"setup": setup, "sweep": arguments.sweep, "rows": rows}
     result = measure(denoiser, loras(denoiser, arguments.loras, rank), fused, rounds, progress)
     progress("Counting operations ...")
     operations = _operations(model, size, arguments.loras, rank, fused)
-    host = host_microseconds({name: settings for name, settings in _settings(fused).items() if name != "fused"})
+    host = host_microseconds(_settings(fused))
     return {"setup": setup, **result, "operations": operations, "host_microseconds_per_layer": host}
 
 
 def _settings(fused: FuseSettings) -> dict[str, FuseSettings]:
-    """The ways that are sessions. `fused` is one of the last two."""
+    """The ways that are sessions. now, next: the paper's selection."""
     return {
         "direct": FuseSettings(method="direct"),
         "fused": fused,
-        "now": FuseSettings(decide="now"),
-        "next": FuseSettings(decide="next"),
+        "now": FuseSettings(method="dynfuse", decide="now"),
+        "next": FuseSettings(method="dynfuse", decide="next"),
     }
 
 
@@ -131,20 +134,43 @@ def measure(
 ) -> dict[str, Any]:
     """Time one step each way, in turns. Returns seconds (all turns, medians) and medians of the ratios to the plain step of the turn."""
     settings = _settings(fused)
-    sessions = {name: branches.session(denoiser, own) for name, own in settings.items() if name != "fused"}
+    # The same settings are not timed twice.
+    same = next((name for name, own in settings.items() if name != "fused" and own == fused), None)
+    sessions = {name: branches.session(denoiser, own) for name, own in settings.items() if name != "fused" or same is None}
     sessions["one LoRA"] = branches.first.session(denoiser, settings["direct"])
     ways: dict[str, Callable[[], Any]] = {"plain": denoiser.run}
-    ways.update({name: partial(denoiser.step, session) for name, session in sessions.items()})
+    ways.update({name: way(denoiser, session) for name, session in sessions.items()})
     ways["literal"] = lambda: _literal_seconds(denoiser, sessions["now"])
     result = timed(denoiser, ways, rounds, progress)
-    for measured in result.values():  # the same settings are not timed twice
-        measured["fused"] = measured[fused.decide]
+    if same is not None:
+        for measured in result.values():
+            measured["fused"] = measured[same]
     seconds = result["seconds"]
     return {
         **result,
-        "literal_over_fused": statistics.median(li / fu for li, fu in zip(seconds["literal"], seconds["fused"])),
+        "literal_over_now": statistics.median(li / now for li, now in zip(seconds["literal"], seconds["now"])),
         "layers": len(sessions["now"].report.matched) + len(sessions["now"].report.one_sided),
     }
+
+
+def way(denoiser: Denoiser, session: FusionSession) -> Callable[[], Any]:
+    """A step of the session, with the share of it that a contrast's further prediction has."""
+    if not session.contrasts:
+        return partial(denoiser.step, session)
+    every = session.settings.contrast_every
+
+    def seconds() -> float:
+        """Mean of a step that makes the direction and of those that keep it."""
+        taken = []
+        for index in range(min(2, every)):
+            denoiser.wait()
+            started = time.perf_counter()
+            denoiser.step(session, Step.of(index, every))
+            denoiser.wait()
+            taken.append(time.perf_counter() - started)
+        return (taken[0] + (every - 1) * taken[-1]) / every
+
+    return seconds
 
 
 def _literal_seconds(denoiser: Denoiser, session: FusionSession) -> float:
@@ -206,7 +232,7 @@ def _text(result: dict[str, Any]) -> str:
         return "\n".join([*lines, *sweep.table(result["sweep"], result["rows"])])
     if "median_seconds" in result:
         lines += [f"{result['layers']} layers", *_times(result, ("plain", "one LoRA", "direct", "fused", "now", "next", "literal"))]
-        lines.append(f"fused is {result['literal_over_fused']:.2f} x faster than the literal form")
+        lines.append(f"now is {result['literal_over_now']:.2f} x faster than the literal form")
     lines += ["dispatched operations", f"{'':10}{'plain':>10}{'+ per layer':>13}{'+ per step':>12}"]
     for name, count in result["operations"].items():
         lines.append(f"{name:10}{count['plain']:10.0f}{count['added_per_layer']:13.2f}{count['added_per_step']:12.0f}")
@@ -224,4 +250,4 @@ def _times(result: dict[str, Any], names: Sequence[str]) -> list[str]:
     return lines
 
 
-__all__ = ["MODELS", "add_arguments", "measure", "run", "timed"]
+__all__ = ["MODELS", "add_arguments", "measure", "run", "timed", "way"]

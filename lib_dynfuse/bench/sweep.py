@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..fusion import FusionSession
 from ..settings import FuseSettings
 from .denoisers import WORLD, Denoiser, Loras, loras, random_lora, transformer_layers, unet_inputs
 
@@ -18,15 +18,18 @@ _FRACTIONS = (1, 2, 3, 4)  # quarters
 _SIZES = {"sd15": (128, 256, 384, 512), "sdxl": (256, 512, 768, 1024), WORLD: (64, 128, 192, 256)}
 
 Timed = Callable[[Denoiser, dict[str, Callable[[], Any]]], dict[str, dict[str, Any]]]
+Way = Callable[[Denoiser, FusionSession], Callable[[], Any]]
 
 
-def measure(axis: str, denoiser: Denoiser, count: int, rank: int | None, fused: FuseSettings, timed: Timed) -> list[dict[str, Any]]:
+def measure(
+    axis: str, denoiser: Denoiser, count: int, rank: int | None, fused: FuseSettings, timed: Timed, way: Way
+) -> list[dict[str, Any]]:
     """One row for each value of the axis: value, plain_seconds, and ratio_to_plain of direct and fused."""
     rows = []
     for value, own, branches in _cases(axis, denoiser, count, rank):
         sessions = {"direct": branches.session(own, FuseSettings(method="direct")), "fused": branches.session(own, fused)}
         ways: dict[str, Callable[[], Any]] = {"plain": own.run}
-        ways.update({name: partial(own.step, session) for name, session in sessions.items()})
+        ways.update({name: way(own, session) for name, session in sessions.items()})
         result = timed(own, ways)
         rows.append(
             {"value": value, "plain_seconds": result["median_seconds"]["plain"], "ratio_to_plain": result["ratio_to_plain"]},

@@ -54,6 +54,10 @@ class Predictions:
         self.own_rows = self.other_rows = 0
 
     @property
+    def wanted(self) -> bool:
+        return bool(self._away)
+
+    @property
     def notes(self) -> list[str]:
         """Sentences that the user should see."""
         return [self._given_up] if self._given_up else []

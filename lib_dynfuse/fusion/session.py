@@ -234,6 +234,11 @@ class FusionSession:
         return self._predictions.moved(prediction, scale, call)
 
     @property
+    def contrasts(self) -> bool:
+        """Whether predict moves predictions away from others."""
+        return self._predictions.wanted
+
+    @property
     def predicted_rows(self) -> tuple[int, int]:
         """Rows that the model was run on through predict: by the fusion itself, and beside it."""
         return self._predictions.own_rows, self._predictions.other_rows

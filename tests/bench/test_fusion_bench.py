@@ -30,7 +30,7 @@ def pair(tmp_path, model):
 def test_the_literal_form_is_the_fusion_in_which_every_row_chooses(model, pair):
     x = torch.randn(3, 10, WIDTH, generator=torch.Generator().manual_seed(0))
     plain = model(x)
-    session = FusionSession(model, *pair, FuseSettings(granularity="row"))
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse", granularity="row"))
     with session.attached():
         expected = model(x)
     with literally_fused(session) as seconds_of_merging:
@@ -59,16 +59,28 @@ def denoiser(model):
     return Denoiser("small", 64, OneInput(model), {"sample": torch.randn(2, 4, WIDTH)})
 
 
-@pytest.mark.parametrize("decide", ["now", "next"])
-def test_every_way_is_timed_in_every_turn(denoiser, pair, decide):
-    result = fusion.measure(denoiser, Loras.split(pair), FuseSettings(decide=decide), rounds=2)
+@pytest.mark.parametrize("same", ["now", "next", None])
+def test_every_way_is_timed_in_every_turn(denoiser, pair, same):
+    fused = FuseSettings(method="dynfuse", decide=same) if same else FuseSettings()
+    result = fusion.measure(denoiser, Loras.split(pair), fused, rounds=2)
     ways = ("plain", "one LoRA", "direct", "fused", "now", "next", "literal")
     assert {way: len(seconds) for way, seconds in result["seconds"].items()} == dict.fromkeys(ways, 2)
     assert all(value > 0 for seconds in result["seconds"].values() for value in seconds)
     assert set(result["ratio_to_plain"]) == set(ways)
     assert result["ratio_to_plain"]["plain"] == 1
-    assert result["seconds"]["fused"] == result["seconds"][decide]
+    assert same is None or result["seconds"]["fused"] == result["seconds"][same]
     assert result["layers"] == len(ATTENTION)
+
+
+def test_a_contrast_costs_its_share_of_every_step(monkeypatch, denoiser, pair):
+    """Every fifth step makes the direction: 10 seconds, and 2 for each of the four that keep it."""
+    stack, branches = stack_and_loras()
+    session = FusionSession(stack, *branches, FuseSettings(contrast=1, contrast_every=5))
+    small = Denoiser("small", 64, stack, {"x": torch.randn(2, 4, stack.run[0].in_features)})
+    ticks = iter((0.0, 10.0, 20.0, 22.0))
+    monkeypatch.setattr(fusion.time, "perf_counter", lambda: next(ticks))
+    assert fusion.way(small, session)() == pytest.approx((10 + 4 * 2) / 5)
+    assert session.predicted_rows == (4, 1)
 
 
 def test_loras_are_split_between_subjects_and_styles(pair):
@@ -99,7 +111,7 @@ def test_a_sweep_gives_a_row_for_every_value(axis, monkeypatch):
     monkeypatch.setattr(sweep, "_RANKS", (4, 8))
     stack, _ = stack_and_loras()
     denoiser = Denoiser("small", 64, stack, {"x": torch.randn(2, 4, WIDTH)})
-    rows = sweep.measure(axis, denoiser, 2, 4, FuseSettings(decide="next"), lambda own, ways: fusion.timed(own, ways, 1))
+    rows = sweep.measure(axis, denoiser, 2, 4, FuseSettings(), lambda own, ways: fusion.timed(own, ways, 1), fusion.way)
     layers = len(stack.run)
     expected = {"rank": [4, 8], "loras": [1, 2, 3, 4], "size": [64, 128], "layers": [layers * n // 4 for n in (1, 2, 3, 4)]}[axis]
     assert [row["value"] for row in rows] == expected
@@ -108,7 +120,7 @@ def test_a_sweep_gives_a_row_for_every_value(axis, monkeypatch):
 
 
 def test_host_time_is_told_for_the_layer_and_for_what_is_added():
-    host = host_microseconds({"direct": FuseSettings(method="direct"), "next": FuseSettings(decide="next")}, rounds=3)
+    host = host_microseconds({"direct": FuseSettings(method="direct"), "next": FuseSettings(method="dynfuse")}, rounds=3)
     assert set(host) == {"plain", "direct", "next"}
     assert host["plain"] > 0
 

@@ -48,14 +48,16 @@ def test_rows_have_names_of_their_own_and_other_settings():
 
 def test_the_methods_are_the_products_defaults():
     settings = {row.name: row.settings for row in ROWS}
-    assert settings["selection"] == FuseSettings()
-    assert settings["both"] == FuseSettings(guidance=True)
+    assert settings["default"] == FuseSettings()
+    assert settings["best"] == FuseSettings.from_mapping({"preset": "best"})
+    assert settings["selection"] == FuseSettings(method="dynfuse")
+    assert settings["both"] == FuseSettings(method="dynfuse", guidance=True)
     assert settings["direct"] == FuseSettings(method="direct")
 
 
 def test_a_row_is_a_method_with_other_settings():
     row = row_of("both bias=2 criterion=js", "tried")
-    assert row.settings == FuseSettings(guidance=True, bias=2.0, criterion="js")
+    assert row.settings == FuseSettings(method="dynfuse", guidance=True, bias=2.0, criterion="js")
     assert row.name == "both bias=2 criterion=js"
     # A value that is the default of the settings, but not of the method.
     assert row_of("guidance guidance=false", "tried").settings == FuseSettings(method="direct")
@@ -64,7 +66,7 @@ def test_a_row_is_a_method_with_other_settings():
 def test_a_coin_may_decide_between_a_lora_and_nothing():
     row = row_of("random style_weight=0", "tried")
     assert row.loras == "random"
-    assert row.settings == FuseSettings(style_weight=0.0)
+    assert row.settings == FuseSettings(method="dynfuse", style_weight=0.0)
 
 
 @pytest.mark.parametrize("text", ["fusion", "selection bias", "selection bias=x", "selection criterion=l2", "selection colour=red"])

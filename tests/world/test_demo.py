@@ -20,7 +20,7 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="the demo's model is a diffusers pipeline")
 
 from dynfuse_world import demo
-from dynfuse_world.benchmark.methods import METHODS
+from dynfuse_world.demo.page import METHODS
 from dynfuse_world.demo.sheet import ENLARGED
 from dynfuse_world.judges import load_judges
 from dynfuse_world.model import WEIGHTS
