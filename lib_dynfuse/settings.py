@@ -442,6 +442,20 @@ class FuseSettings:
         minimum=1,
         slider=(1, 20, 1),
     )
+    density: float = setting(
+        0.2,
+        "Density",
+        "For the methods ties and dare: the share of each LoRA's weights that is kept.",
+        minimum=0.01,
+        maximum=1.0,
+        slider=(0.05, 1.0, 0.05),
+    )
+    dare_seed: int = setting(
+        0,
+        "Seed of dare",
+        "For the method dare: which weights are kept by chance.",
+        minimum=0,
+    )
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,9 @@ from .call import FusionState
 from .divergence import token_divergences
 from .operators import Operators
 from .patching import PatchedLayer, argument
+from .rewriting import Binding
 from .views import Pixels, Tokens, View, turned
 from .votes import Ballot
-
-
-class Binding(Protocol):
-    """A branch that knows how to fit a site (lora.matching.SiteBranch)."""
-
-    def bind(self, site: Site, layer_weight: Callable[[], Tensor]) -> LowRank | Dense: ...
 
 
 @dataclass
@@ -333,4 +328,4 @@ def is_convolution(module: nn.Module) -> bool:
     return hasattr(module, "_conv_forward") or (hasattr(module, "stride") and hasattr(module, "padding") and hasattr(module, "dilation"))
 
 
-__all__ = ["Binding", "FusedLayer", "FusedSite", "is_convolution"]
+__all__ = ["FusedLayer", "FusedSite", "is_convolution"]

@@ -12,7 +12,8 @@ from ..lora.naming import Site
 from ..settings import FuseSettings
 from ..strength import Schedule
 from .call import FusionState
-from .layer import Binding, FusedLayer, FusedSite
+from .layer import FusedLayer, FusedSite
+from .rewriting import Binding
 from .rules.direct import Direct
 
 

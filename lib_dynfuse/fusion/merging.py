@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ..lora import LoraError, LoraFile, MergeReport, Share, denoiser_aliases, norms_by_layer, text_strengths, write_merged
-from ..lora.export import Progress
+from ..lora.branch import Dense, LowRank
+from ..lora.export import Progress, Rewrite
 from ..lora.families import Shape, reference_layers, text_encoder
 from ..lora.matching import naming_family
 from ..lora.naming import Site
 from ..settings import FuseSettings
-from .rules import RULES
-from .session import FusionSession, factors_by_block
+from .predictions import contrasts
+from .rules import RULES, Places
+from .session import FusionSession, factors_by_block, members_of
 from .trace import Trace
 
 Key = TypeVar("Key")
@@ -88,7 +90,7 @@ class Means:
 
 @dataclass(frozen=True)
 class Merged:
-    """A file that was written."""
+    """A file that was written. beyond: what the settings ask for and no LoRA can hold."""
 
     path: Path
     files: tuple[LoraFile, ...]
@@ -96,7 +98,7 @@ class Merged:
     report: MergeReport
     dtype: torch.dtype
     rank: int | None
-    guided: bool
+    beyond: tuple[str, ...]
 
 
 def shares(
@@ -173,9 +175,23 @@ def merge_pictures(
         dtype=dtype,
         metadata=_metadata(settings, means),
         weight_of=weight_of,
+        rewrite=_rewrite(files, len(subjects), settings, means),
         progress=progress,
     )
-    return Merged(Path(path), files, means, report, dtype, rank, settings.guidance)
+    return Merged(Path(path), files, means, report, dtype, rank, _beyond(settings))
+
+
+def _rewrite(files: Sequence[LoraFile], subjects: int, settings: FuseSettings, means: Means) -> Rewrite | None:
+    rule = RULES[settings.method]()
+    if not rule.rewrites:
+        return None
+    members = members_of(files, subjects)
+
+    def unknown(site: int, member: int) -> LowRank | Dense:
+        raise AssertionError("a rule that rewrites is handed the changes")
+
+    rule.prepare(Places(means.sites, members, means.present, settings, unknown))
+    return lambda site, changes, numbers, factors: rule.rewritten(site, changes, [members[number] for number in numbers], factors)
 
 
 def describe_merged(merged: Merged) -> list[str]:
@@ -198,9 +214,16 @@ def properties(merged: Merged) -> list[tuple[str, str]]:
     ]
     for file in merged.files:
         rows += [("Left out", text) for text in _left_out(file, report)]
-    if merged.guided:
-        rows.append(("Left out", "the guidance, which no LoRA can hold"))
-    return rows
+    return [*rows, *(("Left out", f"{what}, which no LoRA can hold") for what in merged.beyond)]
+
+
+def _beyond(settings: FuseSettings) -> tuple[str, ...]:
+    found = {
+        "the guidance": settings.guidance,
+        "the contrast": any(contrasts(settings, RULES[settings.method])),
+        "the weight in the negative prompt": settings.negative_weight != 1,
+    }
+    return tuple(what for what, asked in found.items() if asked)
 
 
 def _looked_up(factors: Mapping[Key, float]) -> Callable[[Key], float]:

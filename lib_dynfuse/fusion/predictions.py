@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from ..memory import is_out_of_memory
+from ..settings import FuseSettings
 from .call import FusionState
 from .rows import Rows
+from .rules.rule import Rule
 from .step import Step
 
 Call = Callable[["tuple[int, ...] | None"], Any]
@@ -34,15 +36,19 @@ Alone = Callable[[tuple[int, ...], "Rows | None"], AbstractContextManager[None]]
 _FRACTION_NOISE = 1e-6
 
 
+def contrasts(settings: FuseSettings, rule: Rule | type[Rule]) -> tuple[float, float, float]:
+    """Strengths of the contrast to the picture with no LoRA, with the styles' alone, with the subjects' alone."""
+    own = settings.contrast if settings.contrast >= 0 else rule.contrast
+    return own, settings.style_contrast, settings.subject_contrast
+
+
 class Predictions:
     """Of one session. own_rows, other_rows: rows that the model was run on, by the fusion itself and for the contrast."""
 
     def __init__(self, state: FusionState, subjects: Sequence[bool], alone: Alone):
         """subjects: of each LoRA, whether it is a subject's. alone: puts LoRAs on the model."""
-        settings = state.settings
-        sides = {side: tuple(n for n, own in enumerate(subjects) if own == side) for side in (True, False)}
-        contrast = settings.contrast if settings.contrast >= 0 else state.rule.contrast
-        wanted = (((), contrast), (sides[False], settings.style_contrast), (sides[True], settings.subject_contrast))
+        styles, own = (tuple(n for n, is_subject in enumerate(subjects) if is_subject == side) for side in (False, True))
+        wanted = zip(((), styles, own), contrasts(state.settings, state.rule))
         self._away = [(members, strength) for members, strength in wanted if strength]
         self._state = state
         self._alone = alone
@@ -148,4 +154,4 @@ class Predictions:
             torch.cuda.empty_cache()
 
 
-__all__ = ["Alone", "Call", "Predictions"]
+__all__ = ["Alone", "Call", "Predictions", "contrasts"]

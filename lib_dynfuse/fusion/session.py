@@ -46,6 +46,7 @@ from .layer import FusedLayer, FusedSite
 from .norm import ShiftedNorm
 from .patching import PatchedLayer, argument
 from .predictions import Call, Predictions
+from .rewriting import Binding, Rewriting
 from .rows import Rows
 from .rules import RULES, Member, Places, Rule
 from .rules.softened import softened
@@ -138,7 +139,7 @@ class FusionSession:
         if not self.report.matched and not self.report.one_sided and not nothing_wanted:
             raise FusionError(_nothing_matches(files, self.report))
         sites = [(layer, site) for layer in self.layers if isinstance(layer, FusedLayer) for site in layer.sites]
-        members = tuple(Member(file.name, number < len(subjects)) for number, file in enumerate(files))
+        members = members_of(files, len(subjects))
         present = torch.zeros(len(sites), len(files), dtype=torch.bool)
         strengths = torch.zeros(len(sites), len(files))
         for row, (_, site) in enumerate(sites):
@@ -349,6 +350,7 @@ def _find_layers(
     report: Report,
 ) -> list[PatchedLayer]:
     settings = state.settings
+    members = members_of(files, subjects)
     aliases = denoiser_aliases({name: _shape_of(module) for name, module in modules.items()})
     branches: list[dict[Site, SiteBranch]] = []
     norms: list[dict[str, NormShift]] = []
@@ -379,9 +381,11 @@ def _find_layers(
         if not owners:
             continue
         module = modules[site.layer]
-        bindings = [_fitted(site, branches[member][site], module) for member in owners]
+        bindings: Sequence[Binding] = [_fitted(site, branches[member][site], module) for member in owners]
         (report.one_sided if one_sided else report.matched).append(layer_label(site))
         strengths = tuple(constants[member] * factors[member](site) for member in owners)
+        if state.rule.rewrites and not one_sided:
+            bindings = Rewriting(state.rule, bindings, [members[member] for member in owners], strengths).bindings()
         by_layer.setdefault(site.layer, []).append(FusedSite(number, site, bindings, tuple(owners), strengths))
         number += 1
     layers: list[PatchedLayer] = [FusedLayer(name, modules[name], sites, state, weight_of) for name, sites in by_layer.items()]
@@ -393,6 +397,11 @@ def _find_layers(
             layers.append(ShiftedNorm(name, modules[name], shifts, state))
             report.summed_norms.append(name)
     return layers
+
+
+def members_of(files: Sequence[LoraFile], subjects: int) -> tuple[Member, ...]:
+    """The first `subjects` of the files are the subject's."""
+    return tuple(Member(file.name, number < subjects) for number, file in enumerate(files))
 
 
 def factors_by_block(
@@ -454,4 +463,4 @@ def _made_for(file: LoraFile) -> str:
     return "an unknown base model" if layer is None else f"a base model with layers such as {layer}"
 
 
-__all__ = ["FusionError", "FusionSession", "Report", "fuse"]
+__all__ = ["FusionError", "FusionSession", "Report", "factors_by_block", "fuse", "members_of"]

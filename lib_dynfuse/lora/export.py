@@ -37,6 +37,8 @@ from .matching import SiteBranch, branches_by_site, compatible, naming_family, s
 from .naming import Alias, Site
 from .reader import LoraFile
 
+Rewrite = Callable[[Site, Sequence[LowRank | Dense], Sequence[int], Sequence[float]], Sequence[LowRank | Dense]]
+"""(site, the shares' changes, the shares' numbers, their factors) -> what takes the changes' place (see fusion.rules.Rule.rewritten)"""
 Progress = Callable[[int, int], None]
 """(layers done, layers in all)"""
 
@@ -85,6 +87,7 @@ def write_merged(
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str] | None = None,
     weight_of: Callable[[str], Tensor] | None = None,
+    rewrite: Rewrite | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write the LoRAs of `shares` as one file. Arguments: see `merged_tensors`. A file that exists is never overwritten.
@@ -93,7 +96,7 @@ def write_merged(
     """
     path = Path(path)
     check_target(path)
-    tensors, report = merged_tensors(shares, layers=layers, rank=rank, dtype=dtype, weight_of=weight_of, progress=progress)
+    tensors, report = merged_tensors(shares, layers=layers, rank=rank, dtype=dtype, weight_of=weight_of, rewrite=rewrite, progress=progress)
     _save(path, tensors, _metadata(path, [share.file for share in shares], report, metadata or {}))
     return report
 
@@ -105,6 +108,7 @@ def merged_tensors(
     rank: int | None = None,
     dtype: torch.dtype = torch.float16,
     weight_of: Callable[[str], Tensor] | None = None,
+    rewrite: Rewrite | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], MergeReport]:
     """The merged LoRA's tensors by their keys, and the report.
@@ -112,8 +116,8 @@ def merged_tensors(
     layers: dotted layer names of the model, in any scheme, with the shapes of their weights where known: its sites are what the shares'
     factors are asked for. By default those of the published model of the LoRAs' family, in its authors' scheme (LDM, BFL).
     rank: highest rank of a layer; higher ones are reduced by singular values. None: every layer exactly.
-    weight_of: dotted layer name -> the layer's weight on the CPU, dequantised, for the kinds that depend on it. progress: called after
-    each layer of the denoiser.
+    weight_of: dotted layer name -> the layer's weight on the CPU, dequantised, for the kinds that depend on it. rewrite: changes what
+    several shares do at a site, before their factors. progress: called after each layer of the denoiser.
     Raises SettingsError for the rank, LoraError: the LoRAs do not go together, fit no layer, or are of a kind that cannot be written.
     """
     if rank is not None and rank < 1:
@@ -122,7 +126,7 @@ def merged_tensors(
     if layers is None:
         layers = reference_layers(base.name) if base is not None else {}
     writer = _Writer(rank, dtype)
-    unmatched = _write_denoiser(writer, shares, layers, base, weight_of, progress)
+    unmatched = _write_denoiser(writer, shares, layers, base, weight_of, rewrite, progress)
     _write_text_encoders(writer, shares, base)
     if not writer.tensors:
         names = " and ".join(share.file.path.name for share in shares)
@@ -138,6 +142,7 @@ def _write_denoiser(
     layers: Mapping[str, Shape | None],
     base: Family | None,
     weight_of: Callable[[str], Tensor] | None,
+    rewrite: Rewrite | None,
     progress: Progress | None,
 ) -> dict[str, list[str]]:
     """Returns the keys that fit no layer, by LoRA."""
@@ -157,10 +162,9 @@ def _write_denoiser(
     written = list(_targets(aliases, base, touched))
     for done, (name, targets) in enumerate(written):
         layer, site = _Layer(f"lora_unet_{name}"), targets[0].site
-        for number, share in enumerate(shares):
-            for alias in targets:
-                if (binding := found[number].get(alias.site)) is not None:
-                    layer.add((number, binding.name), _piece(binding, alias.site, weight_of), share.factor(alias.site), alias)
+        for alias in targets:
+            for origin, piece, factor in _pieces(alias.site, found, shares, weight_of, rewrite):
+                layer.add(origin, piece, factor, alias)
         writer.write(layer, layers.get(site.layer))
         writer.write_norm(layer.key, [(at[site], share.factor(site)) for share, at in zip(shares, shifts) if site in at])
         if progress is not None:
@@ -220,6 +224,24 @@ def _refuse_weight_dependent(share: Share, branches: Sequence[Branch], way_out: 
             f"{share.file.path.name} cannot be merged into one file: {dependent} of its layers ({', '.join(kinds)}) depend on "
             f"the base model's own weights{way_out}."
         )
+
+
+def _pieces(
+    site: Site,
+    found: Sequence[Mapping[Site, SiteBranch]],
+    shares: Sequence[Share],
+    weight_of: Callable[[str], Tensor] | None,
+    rewrite: Rewrite | None,
+) -> list[tuple[object, LowRank | Dense | Tensor, float]]:
+    """Of each share that changes the site: what pieces of one branch have in common, the piece, its factor."""
+    there = [(number, at[site], share.factor(site)) for number, (at, share) in enumerate(zip(found, shares)) if site in at]
+    pieces = [(number, binding.name, factor, _piece(binding, site, weight_of)) for number, binding, factor in there]
+    changes = [(number, factor, piece) for number, _, factor, piece in pieces if not isinstance(piece, Tensor)]
+    if rewrite is None or len(changes) < 2:
+        return [((number, name), piece, factor) for number, name, factor, piece in pieces]
+    numbers, factors, own = zip(*changes)
+    rewritten = dict(zip(numbers, rewrite(site, own, numbers, factors)))
+    return [((number, site), rewritten.get(number, piece), factor) for number, _, factor, piece in pieces]
 
 
 def _piece(binding: SiteBranch, site: Site, weight_of: Callable[[str], Tensor] | None) -> LowRank | Dense | Tensor:

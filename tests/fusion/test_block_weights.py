@@ -70,7 +70,7 @@ def test_in_the_sum(model, pair, deltas):
 @pytest.mark.parametrize("decide", ["now", "next"])
 def test_in_the_choice(model, pair, deltas, decide):
     steps = steps_of(3)
-    session = FusionSession(model, *pair, FuseSettings(decide=decide, vote_tokens=0, style_blocks=TEXT))
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse", decide=decide, vote_tokens=0, style_blocks=TEXT))
     for number, (x, outputs) in enumerate(zip(steps, run(session, model, steps), strict=True)):
         measured = steps[max(0, number - 1)] if decide == "next" else x
         for name in LDM:
@@ -95,6 +95,6 @@ def test_each_of_several_loras_has_its_own(tmp_path, model, pair, deltas):
 
 def test_a_block_that_this_model_lacks_is_refused_with_those_it_has(model, pair):
     with pytest.raises(FusionError, match=r"no block 'in7' in this model.*in1, in4, mid, out5"):
-        FusionSession(model, *pair, FuseSettings(subject_blocks="in7=0.5"))
+        FusionSession(model, *pair, FuseSettings(method="dynfuse", subject_blocks="in7=0.5"))
     with pytest.raises(FusionError, match="no form of numbers"):
-        FusionSession(model, *pair, FuseSettings(style_blocks=",".join(["1"] * 17)))
+        FusionSession(model, *pair, FuseSettings(method="dynfuse", style_blocks=",".join(["1"] * 17)))

@@ -124,7 +124,9 @@ def test_a_sum_needs_no_picture(tmp_path, model, loras, values):
 def test_a_selection_becomes_its_mean(tmp_path, model, loras, decide, images):
     """The mean of the fused outputs of one input, had each step's and image's weights been used on it."""
     dog, hat, ink = loras
-    settings = FuseSettings(subject="dog+hat", style="ink", decide=decide, vote_tokens=0, subject_weight="0.9+1.1", style_blocks="in4=1.1")
+    settings = FuseSettings(
+        method="dynfuse", subject="dog+hat", style="ink", decide=decide, vote_tokens=0, subject_weight="0.9+1.1", style_blocks="in4=1.1"
+    )
     session = FusionSession(model, [dog, hat], ink, settings)
     run(session, model, inputs_of(5, images), images)
     trace = session.trace
@@ -151,7 +153,7 @@ def test_several_batches_count_by_their_images(model, loras):
     dog, _, ink = loras
     traces = []
     for seed, images in ((1, 2), (2, 1)):
-        session = FusionSession(model, dog, ink, FuseSettings())
+        session = FusionSession(model, dog, ink, FuseSettings(method="dynfuse"))
         torch.manual_seed(seed)
         run(session, model, torch.randn(4, images, 10, 16), images)
         traces.append(session.trace)
@@ -369,7 +371,7 @@ def test_what_is_left_out_is_named(tmp_path, sd_pair):
 
 def test_a_rule_that_measures_needs_a_picture(tmp_path, sd_pair):
     with pytest.raises(LoraError, match=r"dynfuse chooses by what it measures.*generate --save-lora FILE.*--method direct"):
-        merge_files(tmp_path / "both.safetensors", sd_pair[:1], sd_pair[1:], FuseSettings())
+        merge_files(tmp_path / "both.safetensors", sd_pair[:1], sd_pair[1:], FuseSettings(method="dynfuse"))
     assert not (tmp_path / "both.safetensors").exists()
 
 

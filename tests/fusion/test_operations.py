@@ -240,7 +240,7 @@ def test_tiles_do_not_stall(models, files, decide):
 
 def test_a_host_that_cuts_its_calls_otherwise_in_the_middle_does_not_stall(models, files):
     for model in models.values():
-        session = FusionSession(model, files[0], files[1], FuseSettings(decide="next"))
+        session = FusionSession(model, files[0], files[1], FuseSettings(method="dynfuse", decide="next"))
         steps(session, model, CALLS["two images"], 1)
         with NothingStalls():
             steps(session, model, CALLS["image by image"], 2)
@@ -275,7 +275,7 @@ def test_a_fused_step_adds_four_operations_a_layer_and_at_most_250(tmp_path, lor
     unet = EveryLayerAlone(layers).eval().requires_grad_(False)
     files = [lora_file(tmp_path / f"{seed}.safetensors", unet, list(layers), seed=seed) for seed in range(loras)]
     denoiser = Denoiser("small", 64, unet.to(META), {"x": device(2, 100, 128)})
-    count = added(denoiser, Loras.split(files).session(denoiser, FuseSettings(decide="next", vote_tokens=vote_tokens)))
+    count = added(denoiser, Loras.split(files).session(denoiser, FuseSettings(method="dynfuse", decide="next", vote_tokens=vote_tokens)))
     assert count.layers == len(layers)
     assert 2 < count.per_layer <= 4
     assert 50 < count.per_step <= 250

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -115,7 +116,7 @@ def test_the_formula_whatever_the_cut(model, loras, merged, images, parts):
     """Prompts of each image, then the negative prompts, in one call or in any others."""
     rows = Rows((*(i for i in range(images) for _ in range(parts)), *range(images)), (True,) * images * parts + (False,) * images, images)
     conditional = torch.tensor(rows.conditional)
-    settings = FuseSettings(method="direct", **CONTRASTS)
+    settings = FuseSettings(method="direct", contrast_every=1, **CONTRASTS)
     steps, contexts = noise(STEPS, len(rows.images), 5, WIDTH), noise(len(rows.images), WIDTH, seed=8)
     wanted = expected(merged, steps, conditional, settings, contexts=contexts)
     for cut in splits(list(range(len(rows.images)))):
@@ -125,7 +126,7 @@ def test_the_formula_whatever_the_cut(model, loras, merged, images, parts):
 
 @pytest.mark.parametrize("parts", [[[0, 1]], [[1, 0]], [[0], [1]], [[1], [0]]], ids=str)
 def test_the_negative_prompt_in_any_place(model, loras, merged, parts):
-    settings = FuseSettings(method="direct", contrast=1.5)
+    settings = FuseSettings(method="direct", contrast_every=1, contrast=1.5)
     rows, steps = Rows((0, 0), (False, True), 1), noise(STEPS, 2, 5, WIDTH)
     session = FusionSession(model, *loras[:2], settings)
     wanted = expected(merged, steps, torch.tensor([False, True]), settings)
@@ -133,7 +134,7 @@ def test_the_negative_prompt_in_any_place(model, loras, merged, parts):
 
 
 def test_at_cfg_1_there_are_prompts_only(model, loras, merged):
-    settings = FuseSettings(method="direct", contrast=1.5)
+    settings = FuseSettings(method="direct", contrast_every=1, contrast=1.5)
     rows, steps = Rows((0, 1), (True, True), 2), noise(STEPS, 2, 5, WIDTH)
     session = FusionSession(model, *loras[:2], settings)
     wanted = expected(merged, steps, torch.tensor([True, True]), settings, scale=1.0)
@@ -165,6 +166,19 @@ def test_the_range_of_steps(model, loras, merged, start, end, steps_inside):
     assert_close(predicted(session, model, steps, rows, [[0, 1]]), wanted)
 
 
+@pytest.mark.parametrize(("method", "recommended"), [("balanced", 1.0), ("direct", 0.0), ("dynfuse", 0.0)])
+def test_below_0_the_method_says_how_much(model, loras, method, recommended):
+    steps, rows = noise(3, 2, 5, WIDTH), Rows((0, 0), (False, True), 1)
+    for unset in (FuseSettings(method=method), FuseSettings(method=method, contrast=-0.3)):
+        sessions = [
+            FusionSession(model, *loras[:2], settings, steps=3)
+            for settings in (unset, dataclasses.replace(unset, contrast=recommended), dataclasses.replace(unset, contrast=recommended + 1))
+        ]
+        told, same, other = (predicted(session, model, steps, rows, [[0, 1]]) for session in sessions)
+        assert all(a.equal(b) for a, b in zip(told, same, strict=True))
+        assert not any(a[1].equal(b[1]) for a, b in zip(told, other, strict=True))
+
+
 @pytest.mark.parametrize("method", ["direct", "dynfuse"])
 def test_without_contrast_nothing_is_predicted_beside(model, loras, method):
     rows, steps = Rows((0, 0), (True, False), 1), noise(STEPS, 2, 5, WIDTH)
@@ -187,7 +201,9 @@ def test_other_predictions_have_no_vote(model, loras, decide):
     rows, steps = Rows((0, 0), (True, False), 1), noise(STEPS, 2, 5, WIDTH)
     traces = []
     for strength in (0.0, 2.0):
-        session = FusionSession(model, *loras[:2], FuseSettings(contrast=strength, subject_contrast=strength, decide=decide))
+        session = FusionSession(
+            model, *loras[:2], FuseSettings(method="dynfuse", contrast_every=1, contrast=strength, subject_contrast=strength, decide=decide)
+        )
         predicted(session, model, steps, rows, [[0, 1]])
         traces.append(session.trace)
     assert torch.equal(traces[0].weights, traces[1].weights)
@@ -196,9 +212,9 @@ def test_other_predictions_have_no_vote(model, loras, decide):
 
 def test_under_the_selection_it_is_the_fused_prediction_that_moves(model, loras, merged):
     rows, steps = Rows((0, 0), (True, False), 1), noise(STEPS, 2, 5, WIDTH)
-    alone = FusionSession(model, *loras[:2], FuseSettings())
+    alone = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse"))
     fused = predicted(alone, model, steps, rows, [[0, 1]])
-    session = FusionSession(model, *loras[:2], FuseSettings(contrast=2.0))
+    session = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", contrast_every=1, contrast=2.0))
     wanted = fused.clone()
     for number, x in enumerate(steps):
         wanted[number, 0] += 2.0 / SCALE * (fused[number, 0] - merged((0, 0), x)[0])
@@ -214,6 +230,7 @@ def test_three_loras_and_weights_over_the_steps(model, loras, merged):
         style_weight=0.8,
         subject_contrast=1.0,
         style_contrast=0.5,
+        contrast_every=1,
     )
     rows, steps = Rows((0, 0), (True, False), 1), noise(STEPS, 2, 5, WIDTH)
     session = FusionSession(model, [loras[0], loras[2]], loras[1], settings)
@@ -255,7 +272,7 @@ def test_tiles_have_a_direction_each(model, loras, merged):
 
 
 def test_the_gradient_takes_the_direction_for_a_constant(model, loras):
-    settings = FuseSettings(method="direct", contrast=1.0)
+    settings = FuseSettings(method="direct", contrast_every=1, contrast=1.0)
     rows = Rows((0, 0), (True, False), 1)
     gradients = []
     for given in (settings, FuseSettings(method="direct")):
@@ -268,7 +285,7 @@ def test_the_gradient_takes_the_direction_for_a_constant(model, loras):
 
 
 def test_memory_runs_out(model, loras, merged):
-    settings = FuseSettings(method="direct", contrast=1.0)
+    settings = FuseSettings(method="direct", contrast_every=1, contrast=1.0)
     rows, steps = Rows((0, 0), (True, False), 1), noise(STEPS, 2, 5, WIDTH)
     session = FusionSession(model, *loras[:2], settings)
     out = []
@@ -291,7 +308,7 @@ def test_memory_runs_out(model, loras, merged):
 
 
 def test_another_error_is_not_swallowed(model, loras):
-    session = FusionSession(model, *loras[:2], FuseSettings(method="direct", contrast=1.0))
+    session = FusionSession(model, *loras[:2], FuseSettings(method="direct", contrast_every=1, contrast=1.0))
     call = ModelCall(model, (noise(2, 5, WIDTH),), {}, 2)
 
     def broken(positions):
@@ -316,7 +333,7 @@ class TestComposite:
         torch.testing.assert_close(session.trace.weights.mean((0, 1, 2)), torch.tensor([1.0, 1.0, 0.8]) / 3)
 
     def test_with_contrast(self, model, loras, merged):
-        settings = FuseSettings(method="composite", contrast=1.0)
+        settings = FuseSettings(method="composite", contrast_every=1, contrast=1.0)
         rows, x = Rows((0, 0), (True, False), 1), noise(1, 2, 5, WIDTH)
         out = predicted(FusionSession(model, *loras[:2], settings), model, x, rows, [[0, 1]])[0]
         wanted = (merged((1, 0), x[0]) + merged((0, 1), x[0])) / 2
@@ -345,8 +362,8 @@ class TestNegativeWeight:
     @pytest.mark.parametrize("decide", ["now", "next"])
     def test_under_the_selection_the_prompt_is_as_ever(self, model, loras, merged, decide):
         rows, steps = Rows((0, 0), (True, False), 1), noise(STEPS, 2, 5, WIDTH)
-        plain = predicted(FusionSession(model, *loras[:2], FuseSettings(decide=decide)), model, steps, rows, [[0, 1]])
-        session = FusionSession(model, *loras[:2], FuseSettings(decide=decide, negative_weight=0.0))
+        plain = predicted(FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide=decide)), model, steps, rows, [[0, 1]])
+        session = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide=decide, negative_weight=0.0))
         out = predicted(session, model, steps, rows, [[0, 1]])
         assert_close(out[:, 0], plain[:, 0])
         for number, x in enumerate(steps):
@@ -397,7 +414,7 @@ class TestModelCall:
 
 @pytest.mark.parametrize(
     "values",
-    [{"contrast": -0.1}, {"style_contrast": -1.0}, {"subject_contrast": float("inf")}, {"contrast_every": 0}, {"negative_weight": -1.0}],
+    [{"contrast": -1.1}, {"style_contrast": -1.0}, {"subject_contrast": float("inf")}, {"contrast_every": 0}, {"negative_weight": -1.0}],
 )
 def test_values_out_of_range(values):
     with pytest.raises(SettingsError, match=next(iter(values))):
@@ -406,4 +423,4 @@ def test_values_out_of_range(values):
 
 def test_the_range_must_begin_before_it_ends():
     with pytest.raises(SettingsError, match=r"contrast_start \(0\.6\) must not be after contrast_end \(0\.5\)"):
-        FuseSettings(contrast_start=0.6, contrast_end=0.5)
+        FuseSettings(method="dynfuse", contrast_start=0.6, contrast_end=0.5)

@@ -62,7 +62,7 @@ def merged(model, *deltas_and_strengths):
 
 def test_each_layer_uses_the_branch_with_the_larger_divergence(model, pair, deltas):
     x = latent(rows=1)
-    with fuse(model, *pair, FuseSettings(subject_weight=0.9, style_weight=1.1)) as session:
+    with fuse(model, *pair, FuseSettings(method="dynfuse", subject_weight=0.9, style_weight=1.1)) as session:
         outputs = model(x)
     winners = session.trace.winners[0, :, 0].tolist()
     expected_winners = []
@@ -78,7 +78,7 @@ def test_each_layer_uses_the_branch_with_the_larger_divergence(model, pair, delt
 
 def test_the_trace_holds_the_divergences(model, pair, deltas):
     x = latent(rows=1)
-    with fuse(model, *pair) as session:
+    with fuse(model, *pair, FuseSettings(method="dynfuse")) as session:
         model(x)
         model(x * 1.5)
     assert session.trace.winners.shape == (2, len(NAMES), 1)
@@ -91,7 +91,7 @@ def test_the_trace_holds_the_divergences(model, pair, deltas):
 
 def test_the_choice_is_made_on_the_conditional_row_and_used_for_both(model, pair, deltas):
     x = latent(rows=2)
-    session = FusionSession(model, *pair, FuseSettings())
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse"))
     with session.attached(Rows((0, 0), (False, True), 1)):
         outputs = model(x)
     for name in NAMES:
@@ -105,7 +105,7 @@ def test_the_first_of_several_prompts_of_an_image_decides_in_the_layer(model, pa
     """`a AND b`: A1111's order for two images, the first with two parts. Whether the second part runs in the same call must not matter."""
     x = latent(rows=5)
     rows = Rows((0, 0, 1, 0, 1), (True, True, True, False, False), 2)
-    session = FusionSession(model, *pair, FuseSettings())
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse"))
     with session.attached(rows):
         outputs = model(x)
     for name in NAMES:
@@ -119,11 +119,11 @@ def test_the_first_of_several_prompts_of_an_image_decides_in_the_layer(model, pa
 
 def test_a_batch_of_four_equals_four_single_images(model, pair):
     x = latent(rows=8)
-    together = FusionSession(model, *pair, FuseSettings())
+    together = FusionSession(model, *pair, FuseSettings(method="dynfuse"))
     with together.attached(Rows((0, 1, 2, 3) * 2, (True,) * 4 + (False,) * 4, 4)):
         batch = model(x)
     for image in range(4):
-        alone = FusionSession(model, *pair, FuseSettings())
+        alone = FusionSession(model, *pair, FuseSettings(method="dynfuse"))
         with alone.attached(Rows((0, 0), (True, False), 1)):
             single = model(x[[image, image + 4]])
         for name in NAMES:
@@ -135,7 +135,7 @@ def test_a_batch_of_four_equals_four_single_images(model, pair):
 def test_split_calls_decide_as_one_call_does(model, pair):
     """Memory short: conditional rows image by image, then the unconditional rows by themselves."""
     x = latent(rows=4)
-    whole, split = (FusionSession(model, *pair, FuseSettings()) for _ in range(2))
+    whole, split = (FusionSession(model, *pair, FuseSettings(method="dynfuse")) for _ in range(2))
     with whole.attached(Rows((0, 1, 0, 1), (True, True, False, False), 2)):
         expected = model(x)
     parts = []
@@ -150,7 +150,7 @@ def test_split_calls_decide_as_one_call_does(model, pair):
 
 def test_unconditional_rows_alone_and_first_decide_for_themselves_and_are_counted(model, pair, deltas):
     x = latent(rows=1)
-    session = FusionSession(model, *pair, FuseSettings())
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse"))
     with session.attached(Rows((0,), (False,), 1)):
         outputs = model(x)
     name = NAMES[0]
@@ -162,7 +162,7 @@ def test_unconditional_rows_alone_and_first_decide_for_themselves_and_are_counte
 
 
 def test_a_new_step_forgets_the_last_ones_choice(model, pair):
-    session = FusionSession(model, *pair, FuseSettings(decide="now"))
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse", decide="now"))
     with session.attached(Rows((0,), (True,), 1)):
         model(latent(rows=1))
     session.begin()
@@ -173,7 +173,7 @@ def test_a_new_step_forgets_the_last_ones_choice(model, pair):
 
 def test_rows_can_choose_for_themselves(model, pair, deltas):
     x = latent(rows=2)
-    session = FusionSession(model, *pair, FuseSettings(granularity="row"))
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse", granularity="row"))
     with session.attached(Rows((0, 0), (True, False), 1)):
         outputs = model(x)
     for name in NAMES:
@@ -185,7 +185,7 @@ def test_rows_can_choose_for_themselves(model, pair, deltas):
 
 def test_tokens_can_choose_for_themselves(model, pair, deltas):
     x = latent(rows=2)
-    session = FusionSession(model, *pair, FuseSettings(granularity="token"))
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse", granularity="token"))
     with session.attached(Rows((0, 0), (True, False), 1)):
         outputs = model(x)
     for name in NAMES:
@@ -201,7 +201,7 @@ def test_tokens_can_choose_for_themselves(model, pair, deltas):
 
 def test_the_bias_favours_the_style(model, pair, deltas):
     x = latent(rows=1)
-    with fuse(model, *pair, FuseSettings(bias=1e9)) as session:
+    with fuse(model, *pair, FuseSettings(method="dynfuse", bias=1e9)) as session:
         outputs = model(x)
     assert not session.trace.winners.any()
     y0, d_s = products(model, NAMES[0], x, deltas[1][NAMES[0]])
@@ -209,7 +209,7 @@ def test_the_bias_favours_the_style(model, pair, deltas):
 
 
 def test_gamma_makes_both_equally_loud_over_the_first_step_and_then_stays(model, pair, deltas):
-    session = FusionSession(model, *pair, FuseSettings(balance="gamma", style_weight=3.0, decide="now"))
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse", balance="gamma", style_weight=3.0, decide="now"))
     rows = Rows((0, 1), (True, True), 2)
     x, later = latent(rows=2), latent(rows=2, seed=8)
     for step in (x, later, 2 * later):
@@ -228,7 +228,7 @@ def test_gamma_makes_both_equally_loud_over_the_first_step_and_then_stays(model,
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_and_temperature_runs_and_chooses(model, pair, criterion):
     for temperature in ("raw", "rms"):
-        with fuse(model, *pair, FuseSettings(criterion=criterion, temperature=temperature)) as session:
+        with fuse(model, *pair, FuseSettings(method="dynfuse", criterion=criterion, temperature=temperature)) as session:
             model(latent(rows=1))
         assert session.trace.measured.all()
         assert torch.isfinite(session.trace.divergences).all()
@@ -237,7 +237,7 @@ def test_every_criterion_and_temperature_runs_and_chooses(model, pair, criterion
 @pytest.mark.parametrize("granularity", ["image", "row", "token"])
 def test_the_same_lora_twice_is_that_lora_merged(model, pair, deltas, granularity):
     x = latent(rows=2)
-    with fuse(model, pair[0], pair[0], FuseSettings(granularity=granularity)) as session:
+    with fuse(model, pair[0], pair[0], FuseSettings(method="dynfuse", granularity=granularity)) as session:
         outputs = model(x)
     expected = merged(model, (deltas[0], 1.0))(x)
     for name in NAMES:
@@ -269,11 +269,11 @@ def test_a_direct_sum_of_nothing_is_the_model_itself(model, pair):
 def test_a_layer_of_one_lora_gets_that_lora_or_nothing(tmp_path, model, pair, deltas):
     style = lora_file(tmp_path / "part.safetensors", model, NAMES[:2], seed=5)
     x = latent(rows=1)
-    with fuse(model, pair[0], style, FuseSettings()) as session:
+    with fuse(model, pair[0], style, FuseSettings(method="dynfuse")) as session:
         applied = model(x)
     assert len(session.report.one_sided) == len(NAMES) - 2
     assert session.trace.decided.tolist() == [True, True] + [False] * (len(NAMES) - 2)
-    with fuse(model, pair[0], style, FuseSettings(one_sided="skip")) as session:
+    with fuse(model, pair[0], style, FuseSettings(method="dynfuse", one_sided="skip")) as session:
         skipped = model(x)
     assert len(session.report.skipped) == len(NAMES) - 2
     y0, d_c = products(model, NAMES[-1], x, deltas[0][NAMES[-1]])
@@ -283,7 +283,7 @@ def test_a_layer_of_one_lora_gets_that_lora_or_nothing(tmp_path, model, pair, de
 
 def test_scope_attention_leaves_the_other_layers_to_the_base(model, pair, deltas):
     x = latent(rows=1)
-    with fuse(model, *pair, FuseSettings(scope="attention")) as session:
+    with fuse(model, *pair, FuseSettings(method="dynfuse", scope="attention")) as session:
         outputs = model(x)
     assert len(session.report.matched) == len(ATTENTION)
     for name in FEED_FORWARD:
@@ -297,7 +297,7 @@ def test_convolutions_choose_per_image_over_their_pixels(tmp_path):
     files = [lora_file(tmp_path / f"{seed}.safetensors", model, [CONVOLUTION], seed=seed, scale=0.5) for seed in (1, 2)]
     deltas = [delta_weights(tmp_path / f"{seed}.safetensors", [CONVOLUTION])[CONVOLUTION] for seed in (1, 2)]
     x = torch.randn(6, 4, 8, 8)
-    session = FusionSession(model, *files, FuseSettings())
+    session = FusionSession(model, *files, FuseSettings(method="dynfuse"))
     with session.attached(Rows((0, 1, 2, 0, 1, 2), (False,) * 3 + (True,) * 3, 3)):
         output = model(x)[CONVOLUTION]
     layer = model.get_submodule(CONVOLUTION)
@@ -315,7 +315,7 @@ def test_a_convolution_keeps_its_padding_mode(tmp_path, granularity):
     model = Nested({CONVOLUTION: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")}).eval().requires_grad_(False)
     file = lora_file(tmp_path / "a.safetensors", model, [CONVOLUTION], scale=0.5)
     x = torch.randn(2, 4, 8, 8)
-    with fuse(model, file, file, FuseSettings(granularity=granularity)):
+    with fuse(model, file, file, FuseSettings(method="dynfuse", granularity=granularity)):
         output = model(x)[CONVOLUTION]
     deltas = delta_weights(tmp_path / "a.safetensors", [CONVOLUTION])
     torch.testing.assert_close(output, merged(model, (deltas, 1.0))(x)[CONVOLUTION], rtol=1e-4, atol=1e-5)
@@ -325,7 +325,7 @@ def test_tiles_folded_into_the_batch_belong_to_their_image(model, pair):
     """HyperTile runs attention with every row split into consecutive tiles; the choice must be the whole row's."""
     x = latent(rows=4, tokens=12)
     rows = Rows((0, 1, 0, 1), (True, True, False, False), 2)
-    whole, tiled = (FusionSession(model, *pair, FuseSettings()) for _ in range(2))
+    whole, tiled = (FusionSession(model, *pair, FuseSettings(method="dynfuse")) for _ in range(2))
     with whole.attached(rows):
         expected = model(x)
     with tiled.attached(rows):
@@ -382,7 +382,7 @@ def test_the_parts_of_a_fused_layer_choose_apart_whatever_the_dialect(tmp_path):
         d_c, d_s = (x.double() @ d[rows].t() for d in deltas)
         expected.append(y0 + (d_c if kl(y0, d_c) >= kl(y0, d_s) else d_s))
     for files in (fused, split, (fused[0], split[1])):
-        with fuse(model, *files) as session:
+        with fuse(model, *files, FuseSettings(method="dynfuse")) as session:
             assert_close(model(x), torch.cat(expected, -1))
         assert session.trace.winners.shape == (1, 3, 1)
 
@@ -404,7 +404,7 @@ def test_layers_are_found_by_name_and_weight_not_by_class(tmp_path):
     file = lora_file(tmp_path / "a.safetensors", model, NAMES)
     x = latent()
     plain = model(x)
-    with fuse(model, file, file):
+    with fuse(model, file, file, FuseSettings(method="dynfuse")):
         outputs = model(x)
     deltas = delta_weights(tmp_path / "a.safetensors", NAMES)
     for name in NAMES:
@@ -415,21 +415,21 @@ def test_layers_are_found_by_name_and_weight_not_by_class(tmp_path):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_every_grad_mode_and_type_gives_the_layers_own_type(model, pair, mode, dtype):
     model = model.to(dtype)
-    with mode(), fuse(model, *pair):
+    with mode(), fuse(model, *pair, FuseSettings(method="dynfuse")):
         outputs = model(latent().to(dtype))
     assert {output.dtype for output in outputs.values()} == {dtype}
     assert all(torch.isfinite(output).all() for output in outputs.values())
 
 
 def test_under_autocast_the_branch_follows_the_layers_output(model, pair):
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), fuse(model, *pair):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), fuse(model, *pair, FuseSettings(method="dynfuse")):
         outputs = model(latent())
     assert {output.dtype for output in outputs.values()} == {torch.bfloat16}
 
 
 def test_a_session_outlives_a_change_of_grad_mode(model, pair):
     """Forge samples under inference_mode; the same session may be called outside of it."""
-    session = FusionSession(model, *pair, FuseSettings())
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse"))
     with torch.inference_mode(), session.attached():
         model(latent())
     with torch.no_grad(), session.attached():
@@ -443,7 +443,7 @@ def state_of(model):
 def test_nothing_stays_on_the_model(model, pair):
     before, x = state_of(model), latent()
     expected = model(x)
-    session = FusionSession(model, *pair, FuseSettings())
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse"))
     for _ in range(100):
         session.begin()
         with session.attached():
@@ -461,7 +461,7 @@ def test_an_exception_inside_a_layer_leaves_the_model_as_it_was(model, pair):
     def broken(x):
         raise RuntimeError("out of memory")
 
-    session = FusionSession(model, *pair, FuseSettings())
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse"))
     layer.forward = broken
     with pytest.raises(RuntimeError, match="out of memory"), session.attached():
         model(x)
@@ -475,7 +475,7 @@ def test_an_exception_inside_a_layer_leaves_the_model_as_it_was(model, pair):
 def test_a_forward_put_on_top_of_ours_and_left_there_passes_through(model, pair):
     layer, x = model.get_submodule(NAMES[0]), latent()
     expected = model(x)[NAMES[0]]
-    session = FusionSession(model, *pair, FuseSettings())
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse"))
     with session.attached():
         fused = model(x)[NAMES[0]]
         ours = layer.forward
@@ -490,7 +490,7 @@ def test_a_forward_put_on_top_of_ours_and_left_there_passes_through(model, pair)
 def test_a_non_finite_divergence_goes_to_the_subject_and_is_counted(model, pair, deltas):
     x = latent(rows=1)
     x[0, 0, 0] = float("inf")
-    with fuse(model, *pair) as session:
+    with fuse(model, *pair, FuseSettings(method="dynfuse")) as session:
         model(x)
     assert session.trace.winners.all()
     assert session.trace.non_finite == len(NAMES)
@@ -518,7 +518,7 @@ def test_a_norm_gets_the_sum_of_both_shifts(tmp_path):
         files.append(read_lora(tmp_path / f"{seed}.safetensors"))
         shifts.append(shift)
     x = latent()
-    with fuse(model, *files, FuseSettings(subject_weight=0.5, style_weight=2.0)) as session:
+    with fuse(model, *files, FuseSettings(method="dynfuse", subject_weight=0.5, style_weight=2.0)) as session:
         output = model(x)[norm_name]
     norm = model.get_submodule(norm_name)
     gain = norm.weight + 0.5 * shifts[0][0] + 2.0 * shifts[1][0]
@@ -530,9 +530,9 @@ def test_a_norm_gets_the_sum_of_both_shifts(tmp_path):
 def test_loras_of_another_width_are_refused_by_name(tmp_path, model, pair):
     other = lora_file(tmp_path / "wide.safetensors", tokens_model(NAMES, width=24), NAMES)
     with pytest.raises(FusionError, match=r"wide.safetensors was made for another base model: .*24.*16"):
-        fuse(model, other, other)
+        fuse(model, other, other, FuseSettings(method="dynfuse"))
     with pytest.raises(FusionError, match="made for different base models"):
-        fuse(model, pair[0], other)
+        fuse(model, pair[0], other, FuseSettings(method="dynfuse"))
 
 
 def test_two_loras_that_touch_nothing_here_are_refused(tmp_path, pair):
@@ -564,7 +564,7 @@ class Chosen(Rule):
 def test_a_rules_choice_takes_the_place_of_the_measurement_image_by_image(model, pair, deltas):
     x = latent(rows=4)
     chosen = {name: torch.tensor([position % 2 == 0, position % 3 == 0]) for position, name in enumerate(NAMES)}
-    session = FusionSession(model, *pair, FuseSettings(), rule=Chosen(lambda site: chosen[site.layer]))
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse"), rule=Chosen(lambda site: chosen[site.layer]))
     with session.attached(Rows((0, 1, 0, 1), (False, False, True, True), 2)):
         outputs = model(x)
     for name in NAMES:
@@ -578,7 +578,7 @@ def test_a_rules_choice_takes_the_place_of_the_measurement_image_by_image(model,
 def test_a_rule_is_asked_anew_at_every_step(model, pair, deltas):
     x = latent(rows=1)
     answers = iter([True] * len(NAMES) + [False] * len(NAMES))
-    session = FusionSession(model, *pair, FuseSettings(), rule=Chosen(lambda site: torch.tensor([next(answers)])))
+    session = FusionSession(model, *pair, FuseSettings(method="dynfuse"), rule=Chosen(lambda site: torch.tensor([next(answers)])))
     for side in (0, 1):
         session.begin()
         with session.attached(Rows((0,), (True,), 1)):

@@ -69,7 +69,7 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize(("decide", "every"), [("now", 1), ("now", 3), ("next", 1), ("next", 2)])
 def test_the_step_whose_divergences_decide(model, loras, deltas, images, decide, every):
     """now: the last step that chose; next: the step before that, but for the first."""
-    session = FusionSession(model, *loras[:2], FuseSettings(decide=decide, decide_every=every, vote_tokens=0))
+    session = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide=decide, decide_every=every, vote_tokens=0))
     steps = latents(2 * images, steps=6)
     rows = Rows((*range(images),) * 2, (False,) * images + (True,) * images, images)
     outputs = run(session, model, steps, rows)
@@ -88,7 +88,9 @@ def test_the_step_whose_divergences_decide(model, loras, deltas, images, decide,
 
 
 def test_the_record_says_what_was_used_and_what_was_measured_at_each_step(model, loras, deltas):
-    session = FusionSession(model, *loras[:2], FuseSettings(decide="next", decide_every=2, vote_tokens=0, style_weight=0.8))
+    session = FusionSession(
+        model, *loras[:2], FuseSettings(method="dynfuse", decide="next", decide_every=2, vote_tokens=0, style_weight=0.8)
+    )
     steps = latents(1)
     run(session, model, steps, Rows((0,), (True,), 1))
     trace = session.trace
@@ -104,7 +106,7 @@ def test_the_record_says_what_was_used_and_what_was_measured_at_each_step(model,
 
 def test_the_record_may_be_read_in_the_middle_of_a_step(model, loras):
     """What is read does not end the step."""
-    looked, plain = (FusionSession(model, *loras[:2], FuseSettings(decide="next", vote_tokens=0)) for _ in range(2))
+    looked, plain = (FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide="next", vote_tokens=0)) for _ in range(2))
     for number, x in enumerate(latents(2)):
         for session in (looked, plain):
             session.begin(Step.of(number, STEPS))
@@ -143,7 +145,7 @@ def test_however_a_host_cuts_its_rows_into_calls_the_picture_is_the_same(model, 
     order = [negative, *stretches] if negative_first else [*stretches, negative]
     kinds = [kind for stretch in order for kind in stretch]
     steps = latents(len(kinds), tokens=6, steps=3)
-    settings = FuseSettings(decide=decide, vote_tokens=4)
+    settings = FuseSettings(method="dynfuse", decide=decide, vote_tokens=4)
 
     def outputs(calls):
         session = FusionSession(model, *loras[:2], settings)
@@ -180,13 +182,13 @@ def test_however_a_host_cuts_its_rows_into_calls_the_picture_is_the_same(model, 
 def test_an_image_does_not_depend_on_its_batch_mates(model, loras, decide):
     steps = latents(6)
     together = (
-        FusionSession(model, *loras, FuseSettings(decide=decide))
+        FusionSession(model, *loras, FuseSettings(method="dynfuse", decide=decide))
         if False
-        else FusionSession(model, *loras[:2], FuseSettings(decide=decide))
+        else FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide=decide))
     )
     batch = run(together, model, steps, Rows((0, 1, 2) * 2, (True,) * 3 + (False,) * 3, 3))
     for image in range(3):
-        alone = FusionSession(model, *loras[:2], FuseSettings(decide=decide))
+        alone = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide=decide))
         single = run(alone, model, steps[:, [image, image + 3]], Rows((0, 0), (True, False), 1))
         assert torch.equal(alone.trace.winners[:, :, 0], together.trace.winners[:, :, image])
         for one, many in zip(single, batch, strict=True):
@@ -198,9 +200,9 @@ def test_tiles_vote_by_their_mean_in_whatever_calls_they_come(model, loras):
     """MultiDiffusion: the picture in pieces, several in a call."""
     steps = latents(4)
     rows = Rows((0,) * 4, (True,) * 4, 1)
-    whole = FusionSession(model, *loras[:2], FuseSettings(decide="next"))
+    whole = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide="next"))
     expected = run(whole, model, steps, rows)
-    apart = FusionSession(model, *loras[:2], FuseSettings(decide="next"))
+    apart = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide="next"))
     for number, x in enumerate(steps):
         apart.begin(Step.of(number, STEPS))
         for first, last in ((0, 1), (1, 4)):
@@ -214,7 +216,7 @@ def test_tiles_vote_by_their_mean_in_whatever_calls_they_come(model, loras):
 
 def test_the_sampled_tokens_are_measured_alone(model, loras, deltas):
     steps = latents(1, tokens=40, steps=2)
-    session = FusionSession(model, *loras[:2], FuseSettings(decide="next", vote_tokens=7))
+    session = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide="next", vote_tokens=7))
     run(session, model, steps, Rows((0,), (True,), 1))
     some = sampled_tokens(40, 7)
     for number in (0, 1):
@@ -240,7 +242,7 @@ def test_weights_over_the_steps_are_in_the_sum_and_in_the_choice(model, loras, d
     steps = latents(2, steps=5)
     rows = Rows((0, 0), (True, False), 1)
     course = [0.0, 0.5, 1.0, 0.8, 0.6]
-    for settings in ({"method": "direct"}, {"decide": "now"}):
+    for settings in ({"method": "direct"}, {"method": "dynfuse", "decide": "now"}):
         session = FusionSession(model, *loras[:2], FuseSettings(style_weight="0@0,1@0.5,0.6@1", **settings))
         outputs = run(session, model, steps, rows)
         for number, weight in enumerate(course):
@@ -254,7 +256,7 @@ def test_weights_over_the_steps_are_in_the_sum_and_in_the_choice(model, loras, d
 def test_weights_over_the_steps_with_choices_for_the_next_step(model, loras, deltas):
     """A choice goes by the strengths of the step in which it was measured, and is applied at those of its own."""
     steps, course = latents(1, steps=5), [0.2, 0.4, 0.6, 0.8, 1.0]
-    session = FusionSession(model, *loras[:2], FuseSettings(style_weight="0.2@0,1@1", decide="next", vote_tokens=0))
+    session = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", style_weight="0.2@0,1@1", decide="next", vote_tokens=0))
     outputs = run(session, model, steps, Rows((0,), (True,), 1))
     for number, x in enumerate(steps):
         chose = max(0, number - 1)
@@ -268,7 +270,7 @@ def test_weights_over_the_steps_with_choices_for_the_next_step(model, loras, del
 @pytest.mark.parametrize("decide", ["now", "next"])
 @pytest.mark.parametrize("images", [1, 2])
 def test_of_three_loras_the_one_with_the_largest_divergence_is_used(model, loras, deltas, decide, images):
-    settings = FuseSettings(subject="dog+hat", style="ink", subject_weight="1+0.9", decide=decide, vote_tokens=0)
+    settings = FuseSettings(method="dynfuse", subject="dog+hat", style="ink", subject_weight="1+0.9", decide=decide, vote_tokens=0)
     weights, order = (1.0, 0.9, 1.0), [deltas[0], deltas[2], deltas[1]]
     session = FusionSession(model, [loras[0], loras[2]], [loras[1]], settings)
     steps = latents(images, steps=3)
@@ -299,7 +301,7 @@ def test_the_sum_of_three_is_all_three_merged(model, loras, deltas):
 
 def test_a_layer_of_two_among_three_loras_is_decided_between_those_two(tmp_path, model, loras, deltas):
     part = lora_file(tmp_path / "part.safetensors", model, NAMES[:2], scale=9.0, seed=5)  # would win everywhere
-    session = FusionSession(model, [loras[0], part], [loras[1]], FuseSettings(decide="next", vote_tokens=0))
+    session = FusionSession(model, [loras[0], part], [loras[1]], FuseSettings(method="dynfuse", decide="next", vote_tokens=0))
     steps = latents(1, steps=3)
     outputs = run(session, model, steps, Rows((0,), (True,), 1))
     for number, x in enumerate(steps):
@@ -321,7 +323,9 @@ def test_a_lora_at_weight_nothing_is_not_computed_into_the_sum(tmp_path, model, 
         assert not torch.isfinite(x[0] @ huge_change(tmp_path, name)).all()
     settings = FuseSettings(method="direct", subject_weight=weights)
     if weights == 0.0:
-        session = FusionSession(model, huge, loras[1], FuseSettings(), rule=Chosen(lambda site: torch.zeros(images, dtype=torch.bool)))
+        session = FusionSession(
+            model, huge, loras[1], FuseSettings(method="dynfuse"), rule=Chosen(lambda site: torch.zeros(images, dtype=torch.bool))
+        )
     else:
         session = FusionSession(model, huge, loras[1], settings, steps=20)
     for number, step in enumerate(x):
@@ -340,7 +344,7 @@ def huge_change(folder, name):
 
 def test_a_restarted_session_knows_nothing_of_the_picture_before(model, loras):
     steps, rows = latents(2), Rows((0, 0), (True, False), 1)
-    used, fresh = (FusionSession(model, *loras[:2], FuseSettings(decide="next", balance="gamma")) for _ in range(2))
+    used, fresh = (FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide="next", balance="gamma")) for _ in range(2))
     run(used, model, steps * 3, rows)
     used.restart()
     for one, two in zip(run(used, model, steps, rows), run(fresh, model, steps, rows), strict=True):
@@ -351,13 +355,13 @@ def test_a_restarted_session_knows_nothing_of_the_picture_before(model, loras):
 
 def test_another_size_and_another_number_of_images_are_followed(model, loras):
     """A hires pass, and a last batch that is smaller."""
-    session = FusionSession(model, *loras[:2], FuseSettings(decide="next", vote_tokens=8))
+    session = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide="next", vote_tokens=8))
     for images, tokens in ((1, 12), (1, 48), (3, 48), (2, 7)):
         session.restart()
         steps = latents(images, tokens=tokens)
         rows = Rows(tuple(range(images)), (True,) * images, images)
         found = run(session, model, steps, rows)
-        fresh = FusionSession(model, *loras[:2], FuseSettings(decide="next", vote_tokens=8))
+        fresh = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide="next", vote_tokens=8))
         for one, two in zip(found, run(fresh, model, steps, rows), strict=True):
             for name in NAMES:
                 torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-7)
@@ -378,7 +382,7 @@ def test_convolutions_choose_for_the_next_step_too(tmp_path, images, kernel, pad
     changes = [delta_weights(tmp_path / f"{seed}.safetensors", [name])[name] for seed in loudness]
     layer = model.get_submodule(name)
     steps = torch.randn(6, images, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    session = FusionSession(model, *files, FuseSettings(decide="next", vote_tokens=5))
+    session = FusionSession(model, *files, FuseSettings(method="dynfuse", decide="next", vote_tokens=5))
 
     def convolved(x, weight, bias=None):
         if kernel == 3:
@@ -402,7 +406,7 @@ def test_convolutions_choose_for_the_next_step_too(tmp_path, images, kernel, pad
 
 def test_layers_that_a_step_leaves_out_keep_their_last_choice(model, loras):
     """A host that skips blocks at some steps (DeepCache)."""
-    session = FusionSession(model, *loras[:2], FuseSettings(decide="next", vote_tokens=0))
+    session = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide="next", vote_tokens=0))
     steps, rows = latents(1, steps=5), Rows((0,), (True,), 1)
     whole = model.order
     for number, x in enumerate(steps):
@@ -420,14 +424,14 @@ def test_layers_that_a_step_leaves_out_keep_their_last_choice(model, loras):
 @pytest.mark.parametrize("decide", ["now", "next"])
 def test_a_step_without_a_call_is_none(model, loras, decide):
     """A refiner that takes over inside a denoiser call."""
-    session = FusionSession(model, *loras[:2], FuseSettings(decide=decide))
+    session = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide=decide))
     steps, rows = latents(1), Rows((0,), (True,), 1)
     run(session, model, steps[:2], rows)
     session.begin(Step.of(2, STEPS))
     assert session.trace.weights.shape[0] == 2
     session.end_step()
     assert session.trace.weights.shape[0] == 2
-    fresh = FusionSession(model, *loras[:2], FuseSettings(decide=decide))
+    fresh = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", decide=decide))
     for one, two in zip(run(session, model, steps[2:], rows), run(fresh, model, steps, rows)[2:], strict=True):
         for name in NAMES:
             torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-7)

@@ -87,7 +87,7 @@ def test_the_report_says_that_the_names_are_the_models_own(tmp_path):
 def test_on_a_model_without_these_layers_one_sentence_says_what_it_was_made_for(tmp_path):
     files = [written(tmp_path, ATTENTION["Wan"], "ComfyUI", seed) for seed in (0, 1)]
     with pytest.raises(FusionError, match="made for a base model with layers such as blocks_0_cross_attn_k"):
-        FusionSession(small_model(["input_blocks.1.1.proj_in"]), files[0], files[1], FuseSettings())
+        FusionSession(small_model(["input_blocks.1.1.proj_in"]), files[0], files[1], FuseSettings(method="dynfuse"))
 
 
 def test_blocks_have_the_names_of_the_models_own_lists():

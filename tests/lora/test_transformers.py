@@ -109,7 +109,9 @@ def test_sites_and_choices_are_the_same_in_both_layouts_and_dialects(tmp_path, f
     for layout in ("authors", "diffusers"):
         for names in ("authors", "diffusers"):
             model = small.model(layout)
-            with fuse(model, *(written(tmp_path, small, "diffusers", names, seed) for seed in (0, 1))) as session:
+            with fuse(
+                model, *(written(tmp_path, small, "diffusers", names, seed) for seed in (0, 1)), FuseSettings(method="dynfuse")
+            ) as session:
                 model(*inputs(torch.float32))
             labels = map(layer_label, session.trace.sites)
             choices = dict(zip(labels, session.trace.winners[0, :, 0].tolist(), strict=True))
@@ -170,7 +172,7 @@ def test_the_parts_of_a_fused_layer_choose_apart_whatever_their_sizes(tmp_path, 
         expected.append(y0 + (first if kl(y0, first) >= kl(y0, second) else second))
         start += size
     for files in (fused, divided, (fused[0], divided[1])):
-        with fuse(model, *files) as session:
+        with fuse(model, *files, FuseSettings(method="dynfuse")) as session:
             output = model(x)[name]
         torch.testing.assert_close(output.double(), torch.cat(expected, -1), rtol=1e-5, atol=1e-5)
         assert session.trace.winners.shape == (1, len(sizes), 1)

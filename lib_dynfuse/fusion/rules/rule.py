@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,8 +58,8 @@ class Rule(ABC):
     name: the value of the setting `method`. summary: one line for the panel. measures: its weights follow from votes, the divergences of
     the setting `criterion`. selects: exactly one LoRA has a weight at each site of each image. constant: its weights are the same at
     every step. uniform: all its weights are 1. composes: the prediction is the mean of one for each LoRA alone, and the weights only say
-    so to the record. contrast: how much of it goes with the method where the setting leaves it to that. device: where weights without
-    votes are wanted.
+    so to the record. rewrites: it changes the LoRAs' matrices before the first step (see rewritten). contrast: how much of it goes with
+    the method where the setting leaves it to that. device: where weights without votes are wanted.
     """
 
     name: ClassVar[str]
@@ -69,6 +69,7 @@ class Rule(ABC):
     constant: ClassVar[bool] = False
     uniform: ClassVar[bool] = False
     composes: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = False
     contrast: ClassVar[float] = 0.0
 
     places: Places
@@ -85,6 +86,16 @@ class Rule(ABC):
         votes: of any number of sites; None for a rule that does not measure. Returns (L, I, B) on the votes' device; without votes
         (S, 1, B), for all images alike, on self.device.
         """
+
+    def rewritten(
+        self, site: Site, changes: Sequence[LowRank | Dense], members: Sequence[Member], strengths: Sequence[float]
+    ) -> Sequence[LowRank | Dense]:
+        """What takes the place of the LoRAs' changes at a site that several change, in the same order; only where `rewrites` says so.
+
+        members: whose they are. strengths: what each is multiplied by afterwards, as constant as it is (weights over the steps, and the
+        rule's own, act on the result).
+        """
+        return changes
 
     def observe(self, step: Step, votes: Votes) -> None:
         """A step is over: its votes, of all sites measured in it. For rules that look at a whole step at once."""

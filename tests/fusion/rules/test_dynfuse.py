@@ -18,7 +18,7 @@ def rule(settings=None, members="sS"):
     """members: one letter each, s for a subject and S for a style."""
     made = DynFuse()
     names = tuple(Member(letter, letter == "s") for letter in members)
-    made.prepare(Places((), names, torch.ones(0, len(members), dtype=torch.bool), settings or FuseSettings(), None))
+    made.prepare(Places((), names, torch.ones(0, len(members), dtype=torch.bool), settings or FuseSettings(method="dynfuse"), None))
     return made
 
 
@@ -57,7 +57,7 @@ def chosen(votes, settings=None, members="sS", present=None):
     ],
 )
 def test_the_subject_wins_if_its_divergence_is_at_least_bias_times_the_styles(subject, style, bias, wins):
-    assert chosen([[subject, style]], FuseSettings(bias=bias)) == [0 if wins else 1]
+    assert chosen([[subject, style]], FuseSettings(method="dynfuse", bias=bias)) == [0 if wins else 1]
 
 
 def test_of_more_loras_the_largest_divergence_wins_and_the_one_named_first_a_tie():
@@ -65,8 +65,8 @@ def test_of_more_loras_the_largest_divergence_wins_and_the_one_named_first_a_tie
 
 
 def test_the_bias_is_on_styles_only():
-    assert chosen([[1.0, 1.5, 1.4, 1.2]], FuseSettings(bias=2.0), members="ssSS") == [2]
-    assert chosen([[1.0, 1.5, 1.4, 1.2]], FuseSettings(bias=0.5), members="ssSS") == [1]
+    assert chosen([[1.0, 1.5, 1.4, 1.2]], FuseSettings(method="dynfuse", bias=2.0), members="ssSS") == [2]
+    assert chosen([[1.0, 1.5, 1.4, 1.2]], FuseSettings(method="dynfuse", bias=0.5), members="ssSS") == [1]
 
 
 def test_a_lora_that_does_not_change_the_site_never_wins():
@@ -98,7 +98,7 @@ def test_gamma_of_three_loras_makes_each_as_loud_as_the_first():
 
 
 def test_what_was_observed_at_the_first_step_holds_until_the_next_picture():
-    made = rule(FuseSettings(balance="gamma"))
+    made = rule(FuseSettings(method="dynfuse", balance="gamma"))
     first, later = Votes(torch.tensor([[[1.0, 4.0]]])), Votes(torch.tensor([[[1.0, 3.0]]]))
     made.observe(STEP, first)
     assert made.weights(STEP, later).tolist() == [[[1.0, 0.0]]]  # 1 against 3 / 4

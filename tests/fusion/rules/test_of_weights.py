@@ -152,7 +152,7 @@ class TestLoser:
         assert len(choices.unique()) == 2
 
     def test_at_1_it_is_the_sum(self, model, loras):
-        one, _ = run(FusionSession(model, *loras[:2], FuseSettings(loser=1.0)), model)
+        one, _ = run(FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", loser=1.0)), model)
         both, _ = run(FusionSession(model, *loras[:2], FuseSettings(method="direct")), model)
         torch.testing.assert_close(one, both)
 

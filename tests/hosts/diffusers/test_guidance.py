@@ -130,7 +130,7 @@ def by_hand(double, loras, targets, latent, m, gradient, prediction, weights=(1 
     alphas, final = pipeline.scheduler.alphas_cumprod, pipeline.scheduler.final_alpha_cumprod
     scheduler.set_timesteps(STEPS)
     timesteps = [int(t) for t in scheduler.timesteps]
-    session = FusionSession(pipeline.unet, *loras, FuseSettings())
+    session = FusionSession(pipeline.unet, *loras, FuseSettings(method="dynfuse"))
     context = torch.cat([features[1], features[0]])
     steps_m = m * 50 / STEPS
 
@@ -509,7 +509,7 @@ def test_progress_is_told_of_the_references_and_may_interrupt_them(sd, loras, so
         if side == "style" and done == 2:
             raise KeyboardInterrupt
 
-    fused = FusedPipeline(sd, *loras, FuseSettings(guidance=True), sources)
+    fused = FusedPipeline(sd, *loras, FuseSettings(method="dynfuse", guidance=True), sources)
     arguments = {"steps": 3, "width": SIZE, "height": SIZE}
     with pytest.raises(KeyboardInterrupt):
         fused("a dog", **arguments, reference_progress=stop)

@@ -94,7 +94,7 @@ def plain_modules(pipeline):
 
 
 def test_a_pair_of_the_same_file_is_that_lora_merged_into_the_denoiser_once_and_into_the_text_encoder_twice(sd, loras):
-    settings = FuseSettings(subject_weight=0.8, style_weight=0.8, te_weight=0.5)
+    settings = FuseSettings(method="dynfuse", subject_weight=0.8, style_weight=0.8, te_weight=0.5)
     fused = run_fused(sd, (loras[0], loras[0]), settings)
     reference = run(merged(sd, SD, (loras[0].path, 0.8, 2 * 0.5 * 0.8)))
     assert not torch.allclose(reference, run(sd), atol=0.1)
@@ -127,7 +127,7 @@ def test_contrast_in_one_step_against_merged_models(sd, loras, cfg):
 
 
 def test_the_text_encoder_sees_the_weighted_sum_of_both(sd, loras):
-    settings = FuseSettings(subject_weight=0.9, style_weight=1.2, te_weight=0.5)
+    settings = FuseSettings(method="dynfuse", subject_weight=0.9, style_weight=1.2, te_weight=0.5)
     fused = FusedPipeline(sd, *loras, settings)
     reference = merged(sd, SD, (loras[0].path, 0, 0.45), (loras[1].path, 0, 0.6))
     arguments = (PROMPT, "cpu", 1, True, NEGATIVE)
@@ -141,7 +141,7 @@ def test_the_text_encoder_sees_the_weighted_sum_of_both(sd, loras):
 
 
 def test_a_text_weight_of_zero_leaves_the_text_encoder_alone(sd, loras):
-    fused = run_fused(sd, (loras[0], loras[0]), FuseSettings(te_weight=0))
+    fused = run_fused(sd, (loras[0], loras[0]), FuseSettings(method="dynfuse", te_weight=0))
     reference = run(merged(sd, SD, (loras[0].path, 1, 0)))
     assert_same_latents(torch.stack(fused.images), reference)
 
@@ -273,7 +273,7 @@ def test_sdxl_with_both_text_encoders(tmp_path):
     pipeline = tiny_pipelines.sdxl()
     path = tiny_pipelines.write_lora(tmp_path / "same.safetensors", pipeline, SDXL)
     lora = read_lora(path)
-    fused = run_fused(pipeline, (lora, lora), FuseSettings(te_weight=0.5))
+    fused = run_fused(pipeline, (lora, lora), FuseSettings(method="dynfuse", te_weight=0.5))
     reference = run(merged(pipeline, SDXL, (path, 1, 1)))
     assert not torch.allclose(reference, run(pipeline), atol=0.05)
     assert_same_latents(torch.stack(fused.images), reference)
@@ -285,7 +285,7 @@ def test_flux_has_no_negative_prompt_and_all_its_rows_see_the_prompt(tmp_path):
     pipeline = tiny_pipelines.flux()
     path = tiny_pipelines.write_lora(tmp_path / "same.safetensors", pipeline, FLUX)
     lora = read_lora(path)
-    fused = run_fused(pipeline, (lora, lora), FuseSettings(te_weight=0.5), seeds=(1, 2))
+    fused = run_fused(pipeline, (lora, lora), FuseSettings(method="dynfuse", te_weight=0.5), seeds=(1, 2))
     reference = run(merged(pipeline, FLUX, (path, 1, 1)), seeds=(1, 2), negative=None)
     assert not torch.allclose(reference, run(pipeline, seeds=(1, 2), negative=None), atol=0.02)
     assert_same_latents(torch.stack(fused.images), reference)

@@ -66,7 +66,7 @@ def score(encoders, references, denoised):
 @pytest.mark.parametrize("place", [9, 5, 1])
 def test_an_exact_ddim_step_is_the_plain_one_followed_by_eq_20(samplers, place):
     encoders = small_encoders()
-    guided, sampling = guided_pass(samplers, FuseSettings(guidance=True, gradient="exact", m=0.3, limit=0.0), encoders)
+    guided, sampling = guided_pass(samplers, FuseSettings(method="dynfuse", guidance=True, gradient="exact", m=0.3, limit=0.0), encoders)
     x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(place))
     t = TIMESTEPS[place].expand(2).float()
     a, a_next = ALPHAS[TIMESTEPS[place]], ALPHAS[TIMESTEPS[place - 1]]

@@ -35,7 +35,7 @@ def test_the_branches_size_is_reserved_on_a_copy_of_the_patcher():
     subject = SimpleNamespace(denoiser={"a": LowRank(torch.zeros(4, 10), torch.zeros(20, 4)), "b": Dense(torch.zeros(6, 7))})
     style = SimpleNamespace(denoiser={"a": LowRank(torch.zeros(2, 10), torch.zeros(20, 2))})
     job = p.dynfuse = FusionJob(p)
-    job.begin(FusionPass(FORGE, request=Request(FuseSettings(), (subject,), (style,), frozenset(), (), None)))
+    job.begin(FusionPass(FORGE, request=Request(FuseSettings(method="dynfuse"), (subject,), (style,), frozenset(), (), None)))
     WebUIHost(FORGE).before_sampling(p)
     numbers = 4 * (10 + 20) + 6 * 7 + 2 * (10 + 20)
     assert p.sd_model.forge_objects.unet.reserved == 1000 + 2 * numbers

@@ -98,7 +98,7 @@ def test_a_video_is_made_without_guidance_and_says_so():
     def vae(denoiser):
         raise AssertionError("nothing is decoded")
 
-    guided = GuidedPass(SimpleNamespace(vae=vae), FuseSettings(guidance=True), SimpleNamespace(), [], Decoders())
+    guided = GuidedPass(SimpleNamespace(vae=vae), FuseSettings(method="dynfuse", guidance=True), SimpleNamespace(), [], Decoders())
     facts = SimpleNamespace(latent=numbers(1, 6, 3, 4, 4), schedule=object())
     assert guided.denoise(facts, None, lambda x: x + 1, (1,), {}, lambda: None) == 2
     assert guided.notes == ["The picture was not guided: it is a video, of which the references are single pictures."]
