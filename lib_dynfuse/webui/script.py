@@ -20,7 +20,7 @@ from ..guidance.guide import wants_guidance
 from ..hosts.webui.detect import detect
 from ..settings import FuseSettings, SettingsError
 from ..text import infotext, tag
-from . import options, panel, results
+from . import axes, options, panel, results
 from .arguments import read_arguments
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,10 @@ class DynFuseScript(scripts.Script):
                     setattr(p, name, [_corrected(prompt) for prompt in getattr(p, name)])
             if p.all_prompts and any(tag.find_tags(_corrected(text)) for text in getattr(p, "all_negative_prompts", None) or []):
                 p.all_prompts[0] = tag.format_error(_IN_THE_NEGATIVE_PROMPT) + p.all_prompts[0]
+            if wanted := axes.asked(p):
+                for name in ("all_prompts", "all_hr_prompts"):
+                    if getattr(p, name, None):
+                        setattr(p, name, [axes.changed_tags(prompt, wanted) for prompt in getattr(p, name)])
         prompts = [*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or [])]
         tags = [items for prompt in prompts for items in tag.find_tags(prompt)]
         if off is not None:
@@ -112,8 +116,8 @@ class DynFuseScript(scripts.Script):
             return
         for key in [key for key in p.extra_generation_params if key == infotext.ENABLED or key.startswith(f"{infotext.ENABLED} ")]:
             del p.extra_generation_params[key]
-        settings = _settings_or_none(arguments)
-        if settings is None and not tags and _is_empty(arguments):
+        settings = _settings_or_none(p, arguments)
+        if settings is None and not tags and _is_empty(arguments) and not axes.asked(p):
             _say(p, "no LoRA is chosen in the panel, so nothing was fused")
         # A tag in a prompt goes before the panel, whose settings then made no image.
         given = {} if settings is None else infotext.settings_fields(_repeatable(settings, p.all_seeds))
@@ -129,7 +133,7 @@ class DynFuseScript(scripts.Script):
     def before_process_batch(self, p: Any, *arguments: Any, prompts: list[str], **kwargs: Any) -> None:
         if not prompts or detect().off is not None:
             return
-        text = _tag_for(arguments)
+        text = _tag_for(p, arguments)
         own = [tag.find_tags(prompt) for prompt in prompts]
         if any(own) and any(tags != own[0] for tags in own):
             # The host reads the tags of a batch's first prompt, for all of its pictures.
@@ -143,7 +147,7 @@ class DynFuseScript(scripts.Script):
 
     @_harmless
     def process_batch(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
-        text = _tag_for(arguments)
+        text = _tag_for(p, arguments)
         data = getattr(p, "hr_extra_network_data", None) if getattr(p, "enable_hr", False) else None
         if text and data is not None and EXTRA_NETWORK not in data:
             data[EXTRA_NETWORK] = [extra_networks.ExtraNetworkParams(items=items) for items in tag.find_tags(text)]
@@ -195,6 +199,12 @@ def _before_ui() -> None:
     host.install(tag.parse_tags)
     if host.off is None:
         extra_networks.register_extra_network(DynFuseNetwork())
+        _add_axes()
+
+
+@_harmless
+def _add_axes() -> None:
+    axes.add_axes(getattr(scripts, "scripts_data", ()), detect().catalogue.names)
 
 
 @_harmless
@@ -271,13 +281,24 @@ def _by_image(images: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     return {key: images[0][key] if len({image.get(key) for image in images}) == 1 else entry(key) for key in keys}
 
 
-def _settings_or_none(arguments: Sequence[Any]) -> FuseSettings | None:
-    if not _is_switched_on(arguments):
-        return None
+def _settings_or_none(p: Any, arguments: Sequence[Any]) -> FuseSettings | None:
     try:
-        return read_arguments(arguments, detect().reference_cache)
+        return _wanted(p, arguments)
     except SettingsError:
         return None
+
+
+def _wanted(p: Any, arguments: Sequence[Any]) -> FuseSettings | None:
+    """What the panel or the API asks for, with what the axes of a plot say; None where nobody asks. Raises SettingsError."""
+    own = None
+    if _is_switched_on(arguments) and not _is_empty(arguments):
+        own = read_arguments(arguments, detect().reference_cache)
+    plotted = axes.asked(p)
+    if not plotted:
+        return own
+    settings = axes.changed(own or FuseSettings(), plotted)
+    tag.check_pair(settings)
+    return settings
 
 
 def _repeatable(settings: FuseSettings, seeds: Sequence[int]) -> FuseSettings:
@@ -295,15 +316,12 @@ def _readable(tags: list[list[str]]) -> Iterator[FuseSettings]:
             continue
 
 
-def _tag_for(arguments: Sequence[Any]) -> str | None:
+def _tag_for(p: Any, arguments: Sequence[Any]) -> str | None:
     """The tag that says what the panel or the API asks for, also when it asks for something impossible; None when switched off."""
-    if not _is_switched_on(arguments) or _is_empty(arguments):
-        return None
     try:
-        host = detect()
-        if host.off is not None:
+        if detect().off is not None:
             return None
-        settings = read_arguments(arguments, host.reference_cache)
+        settings = _wanted(p, arguments)
     except SettingsError as error:
         return tag.format_error(str(error))
     except Exception as error:
