@@ -37,6 +37,7 @@ from .settings import (
     preset_values,
 )
 from .strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
+from .version import VERSION
 
 PROGRAM = "python -m lib_dynfuse"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -110,6 +111,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Fuse a subject LoRA and a style LoRA while an image is made.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"DynFuse {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands)
     _add_merge(commands)

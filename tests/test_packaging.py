@@ -1,0 +1,49 @@
+"""`pip install .`: the program, its version and all that it needs of this repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lib_dynfuse.cli import main
+from lib_dynfuse.version import VERSION
+
+ROOT = Path(__file__).parent.parent
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_program_tells_its_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"DynFuse {VERSION}\n"
+
+
+def test_the_version_stands_in_one_place():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
+    assert 'dynamic = ["version"]' in PROJECT
+    assert 'attr = "lib_dynfuse.version.VERSION"' in PROJECT
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1] == VERSION
+
+
+def test_every_folder_with_code_is_a_package_that_is_installed():
+    setuptools = pytest.importorskip("setuptools", reason="Python 3.13 brings none")
+    include = re.search(r"include = \[(.*)\]", PROJECT)[1].replace('"', "").split(", ")
+    found = set(setuptools.find_packages(str(ROOT), include=include))
+    folders = {path.parent for name in ("lib_dynfuse", "dynfuse_world") for path in (ROOT / name).rglob("*.py")}
+    assert found == {folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders}
+
+
+def test_every_file_of_the_miniature_world_is_installed():
+    patterns = re.findall(r'"([^"]+)"', re.search(r"^dynfuse_world = \[(.*)\]", PROJECT, re.M)[1])
+    world = ROOT / "dynfuse_world"
+    packed = {path for pattern in patterns for path in world.glob(pattern) if path.is_file()}
+    wanted = {path for path in world.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")}
+    assert wanted <= packed
+
+
+def test_the_programs_entry_can_be_called():
+    module, function = re.search(r'^dynfuse = "([\w.]+):(\w+)"', PROJECT, re.M).groups()
+    assert getattr(__import__(module, fromlist=[function]), function) is main
