@@ -30,6 +30,7 @@ from .settings import (
     PRESETS,
     FuseSettings,
     SettingsError,
+    default_value,
     field_metadata,
     field_types,
     format_value,
@@ -253,7 +254,7 @@ def _shown(path: Path) -> str:
 def _add_setting(group: Any, name: str, default: str | None = None) -> None:
     """default: where the command has another than the settings."""
     metadata = field_metadata(name)
-    default = default or format_value(getattr(FuseSettings(), name))
+    default = default or format_value(default_value(name))
     text = (metadata["tooltip"] if metadata["picture"] else f"{metadata['tooltip']} (default: {default or 'empty'})").replace("%", "%%")
     if field_types()[name] is bool:
         off = f"--no-{name.replace('_', '-')}"

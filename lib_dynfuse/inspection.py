@@ -31,7 +31,7 @@ def inspect_files(paths: Sequence[str], out: TextIO, err: TextIO | None = None) 
     if reason := compatible(*files):
         _print(printable(reason, 800), err)
         return 2
-    _print(describe_pair(*files), out)
+    _print("\n".join(describe_pair(*files)), out)
     return 0
 
 

@@ -7,9 +7,11 @@ setting has one name, one type, one range and one explanation everywhere.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from .errors import SettingsError
@@ -597,16 +599,23 @@ def preset_values(name: Any) -> Mapping[str, Any]:
     return PRESETS[name]
 
 
-def field_types() -> dict[str, Any]:
+@functools.cache
+def field_types() -> Mapping[str, Any]:
     """The fields of FuseSettings and their types, in the order of declaration."""
     hints = get_type_hints(FuseSettings)
-    return {f.name: hints[f.name] for f in dataclasses.fields(FuseSettings)}
+    return MappingProxyType({f.name: hints[f.name] for f in dataclasses.fields(FuseSettings)})
+
+
+def default_value(name: str) -> Any:
+    """Of a field of FuseSettings."""
+    return FuseSettings.__dataclass_fields__[name].default
 
 
 def field_metadata(name: str) -> Mapping[str, Any]:
     """label, tooltip, choices, minimum, maximum, slider, picture and canonical of a field (see setting), as they are now."""
     metadata = FuseSettings.__dataclass_fields__[name].metadata
-    return {**metadata, **{key: metadata[key]() for key in ("tooltip", "choices") if callable(metadata[key])}}
+    told = {key: metadata[key]() for key in ("tooltip", "choices") if callable(metadata[key])}
+    return {**metadata, **told} if told else metadata
 
 
 def parse_value(name: str, text: str) -> Any:

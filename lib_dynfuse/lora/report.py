@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 
 from ..printable import printable
 from .adapter_config import SIDECAR
 from .families import knowing, layout_of, reference_aliases, text_encoder
 from .matching import branches_by_site, norms_by_layer
 from .naming import Alias, Site
+from .pair import loudness, overlap
 from .reader import LoraFile
 
 _NAMED = 3  # keys and embeddings that are named; the rest is counted
 _TAGS = 8
 _TEXT = 200
+_EVEN = 1.25  # times as loud: less is not worth a word
 _LONGEST = 2_000_000  # of a text that is taken apart
 
 # Metadata that says what a file is and how it is called up; trainers write dozens of other entries.
@@ -51,16 +54,34 @@ def describe(file: LoraFile) -> list[str]:
     return [printable(file.path.name), *(f"  {label:<{width}}  {text}" for label, text in rows)]
 
 
-def describe_pair(a: LoraFile, b: LoraFile) -> str:
-    """What two files that go together change together, in one sentence."""
+def describe_pair(a: LoraFile, b: LoraFile) -> list[str]:
+    """What two files that go together change together, in a sentence each."""
     named = a.family or b.family
     base = named or next((name for name in a.possible if name in b.possible), None)
-    first, second = (_sites(file, base) for file in (a, b))
+    first, second = (branches_by_site(file, _aliases(file, base))[0] for file in (a, b))
     names = f"{printable(a.path.name)} and {printable(b.path.name)}"
-    return (
-        f"{names} go together{f' on {named}' if named else ''}: both change {_count(len(first & second), 'layer')}, "
-        f"only the first {len(first - second)}, only the second {len(second - first)}."
-    )
+    both = len(first.keys() & second.keys())
+    lines = [
+        f"{names} go together{f' on {named}' if named else ''}: both change {_count(both, 'layer')}, "
+        f"only the first {len(first) - both}, only the second {len(second) - both}."
+    ]
+    loud = [loudness(file) for file in (a, b)]
+    if loud[0] and loud[1]:
+        quiet, strong = sorted(((value, printable(file.path.name)) for value, file in zip(loud, (a, b)) if value), key=itemgetter(0))
+        told = f"{strong[0]:.3g} and {quiet[0]:.3g}"
+        if strong[0] < _EVEN * quiet[0]:
+            lines.append(f"They are about equally loud ({told}).")
+        else:
+            lines.append(
+                f"{strong[1]} is {strong[0] / quiet[0]:.1f} times as loud as {quiet[1]} ({told}); the method balanced evens that out."
+            )
+    shared = overlap(first, second)
+    if shared is not None and shared[0] > 0.5 > 2 * shared[1]:
+        lines.append(
+            f"They listen to the same directions ({shared[0]:.0%}; strangers' files have {shared[1]:.0%} in common): both were trained "
+            "from the same random numbers, and get into each other's way more than others."
+        )
+    return lines
 
 
 def _base(file: LoraFile) -> str | None:
@@ -78,10 +99,6 @@ def _aliases(file: LoraFile, family: str | None) -> Mapping[str, list[Alias]]:
         return reference_aliases(family)
     foreign = _is_foreign(file)
     return {layer: [Alias(Site(layer))] for layer in (*file.denoiser, *file.norms) if foreign or layout_of(layer) is not None}
-
-
-def _sites(file: LoraFile, family: str | None) -> set[Site]:
-    return set(branches_by_site(file, _aliases(file, family))[0])
 
 
 def _encoder(file: LoraFile, name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..settings import LORA_FIELDS, FuseSettings, SettingsError, field_types, join_names, split_names
+from ..settings import LORA_FIELDS, FuseSettings, SettingsError, default_value, field_types, join_names, split_names
 from . import tag
 
 ENABLED = "DynFuse"
@@ -59,7 +59,7 @@ def read_value(entries: Mapping[str, Any], name: str) -> Any:
     if text is None and f"{key}-1" in entries:
         text = f"{entries[f'{key}-1']}x{entries[f'{key}-2']}"
     if text is None:
-        return getattr(FuseSettings(), name)
+        return default_value(name)
     return getattr(FuseSettings.from_mapping({name: tag.parse_field(name, str(text))}), name)
 
 

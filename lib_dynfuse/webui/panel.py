@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..hosts.webui.host import WebUIHost
 from ..hosts.webui.passes import Recipe
-from ..settings import LORA_FIELDS, PRESETS, FuseSettings, SettingsError, field_metadata, field_types, split_names
+from ..settings import LORA_FIELDS, PRESETS, SettingsError, default_value, field_metadata, field_types, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
 from . import gallery, pictures, saving
@@ -296,7 +296,7 @@ def paste_functions(host: WebUIHost) -> Mapping[str, Callable[[Mapping[str, Any]
                 value = infotext.read_value(entries, name)
             except SettingsError:
                 # warn_about_paste has told the user.
-                return getattr(FuseSettings(), name)
+                return default_value(name)
             if field_metadata(name)["picture"]:
                 # None, for the host, leaves a control as it is; an image without a picture of its own takes the old one away.
                 # A missing one: warn_about_paste has told the user.
@@ -305,7 +305,7 @@ def paste_functions(host: WebUIHost) -> Mapping[str, Callable[[Mapping[str, Any]
                 # An update, for the host makes any other value into one of the type that the control was built with.
                 return gr.update(value=list(split_names(infotext.renamed_names(value, infotext.read_hashes(entries), renaming(host)))))
             if name in WEIGHTS and isinstance(value, str):
-                return getattr(FuseSettings(), name)
+                return default_value(name)
             return value
 
         return read
@@ -349,7 +349,7 @@ def warn_about_paste(entries: Mapping[str, Any], host: WebUIHost) -> None:
 
 def _control(name: str, element: str, host: WebUIHost) -> Any:
     metadata = field_metadata(name)
-    common = {"label": metadata["label"], "value": getattr(FuseSettings(), name), "elem_id": element}
+    common = {"label": metadata["label"], "value": default_value(name), "elem_id": element}
     if name in LORA_FIELDS:
         control = gr.Dropdown(**{**common, "value": []}, choices=host.catalogue.names(), multiselect=True, **_custom_values())
     elif name in ("method", "criterion"):

@@ -164,8 +164,9 @@ def test_the_buttons_of_the_presets_set_the_controls_they_are_wired_to(webui, ho
             pressed = target[0] if isinstance(target, (list, tuple)) else target  # gradio 4 or 3
             if pressed in buttons:
                 wired[buttons[pressed]] = [names[output] for output in event["outputs"]]
-    default, paper = functions_of(demo, 4, 5)
-    assert set(wired) == {"Preset: default", "Preset: paper"}
+    default, best, paper = functions_of(demo, 4, 5, 6)
+    assert set(wired) == {"Preset: default", "Preset: best", "Preset: paper"}
+    assert dict(zip(wired["Preset: best"], best(), strict=True))["contrast_every"] == 1
     set_to = dict(zip(wired["Preset: paper"], paper(), strict=True))
     assert [set_to[name] for name in ("gradient", "limit", "scope", "guidance")] == ["exact", 0, "attention", True]
     for name, value in zip(wired["Preset: default"], default(), strict=True):
@@ -184,7 +185,7 @@ def test_the_swap_button_makes_the_subject_the_style(webui, host, hires, exchang
     assert event["inputs"] == event["outputs"]
     names = [controls[control] for control in event["outputs"]]
     given = {"subject": ["dog"], "style": ["ink"], "subject_weight": 0.3, "style_weight": 1.1, "subject_weight_text": "1@0", "hr": hires}
-    (swap,) = functions_of(demo, 6)
+    (swap,) = functions_of(demo, 7)
     swapped = dict(zip(names, swap(*(given.get(name, name) for name in names)), strict=True))
     assert (swapped["subject"], swapped["style"]) == (["ink"], ["dog"])
     assert (swapped["subject_weight"], swapped["style_weight"]) == (1.1, 0.3)
@@ -204,7 +205,7 @@ def references(webui, host):
     """What the panel's refresh button, its clear button and opening the page show of the kept references."""
     with gr.Blocks() as demo:
         panel.build("txt2img", host)
-    return functions_of(demo, 2, 3, 9)
+    return functions_of(demo, 2, 3, 10)
 
 
 def test_the_kept_references_are_shown_and_cleared(references, host):
@@ -222,7 +223,7 @@ def test_a_finished_job_shows_its_result_and_the_references_it_left(webui, host)
     with gr.Blocks() as demo:
         made = panel.build("txt2img", host)
         panel.refresh_result_on_change(gr.Textbox(), made, lambda information: "<p>map</p>", host)
-    (after_job,) = functions_of(demo, 7)
+    (after_job,) = functions_of(demo, 8)
     host.reference_cache.keep_picture(Image.new("RGB", (20, 10)))
     result, references = after_job("{}")
     assert result == "<p>map</p>"

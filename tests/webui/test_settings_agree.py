@@ -216,7 +216,7 @@ def test_the_default_preset_changes_nothing():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_names():
-    with pytest.raises(SettingsError, match="preset must be one of default, paper, not 'papper'"):
+    with pytest.raises(SettingsError, match="preset must be one of default, best, paper, not 'papper'"):
         tag.parse_tag(["dog", "watercolor", "preset=papper"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...lora.branch import Dense, LowRank
+from ...lora.pair import square_norm
 from ..step import Step
 from .rule import Rule, Votes
 
@@ -43,12 +43,4 @@ class Balanced(Rule):
         return factors.expand(sites, 1, members).contiguous()
 
 
-def square_norm(branch: LowRank | Dense, device: torch.device) -> Tensor:
-    """|dW|_F^2, () float32 on the device; of a product of thin matrices by their Gram matrices: tr(U^T U D D^T)."""
-    if isinstance(branch, Dense):
-        return branch.weight.to(device, torch.float32).square().sum()
-    up, down = branch.up.to(device, torch.float32), branch.down.to(device, torch.float32).flatten(1)
-    return branch.scale**2 * ((up.t() @ up) * (down @ down.t())).sum()
-
-
-__all__ = ["Balanced", "square_norm"]
+__all__ = ["Balanced"]
