@@ -57,8 +57,28 @@ def test_two_files_for_one_base_model_go_together(dog, tmp_path):
     ink = saved(tmp_path, kohya(diffusers_names, *pair(640, 768)), "ink.safetensors")
     code, out, err = inspect(dog, ink)
     assert (code, err) == (0, "")
-    verdict = out.splitlines()[-1]
+    verdict, loudness = out.splitlines()[-2:]
     assert verdict == "dog.safetensors and ink.safetensors go together on SD 1.x: both change 1 layer, only the first 1, only the second 0."
+    change = {name: up.double() @ down.double() for name, (down, up) in (("k4", pair(640, 768, 4)), ("v8", pair(640, 768, 8)))}
+    dog_norm = sum(matrix.square().sum().item() for matrix in change.values()) ** 0.5
+    ink_norm = (lambda down, up: (up.double() @ down.double()).norm().item())(*pair(640, 768))
+    assert loudness == (
+        f"dog.safetensors is {dog_norm / ink_norm:.1f} times as loud as ink.safetensors ({dog_norm:.3g} and {ink_norm:.3g}); the method "
+        "balanced evens that out."
+    )
+
+
+def seeded(tmp_path, name, seed, up_seed, scale=1.0):
+    down, up = random(4, 768, seed=seed), scale * random(640, 4, seed=up_seed)
+    return saved(tmp_path, kohya(K, down, up, 4.0) | kohya(V, random(4, 768, seed=seed + 50), up, 4.0), name)
+
+
+def test_loras_of_one_seed_are_told(tmp_path):
+    same = inspect(seeded(tmp_path, "a.safetensors", 1, 2), seeded(tmp_path, "b.safetensors", 1, 3, 1.1))[1]
+    assert "They are about equally loud" in same
+    assert "They listen to the same directions (100%; strangers' files have 1% in common)" in same
+    other = inspect(seeded(tmp_path, "a.safetensors", 1, 2), seeded(tmp_path, "c.safetensors", 4, 3))[1]
+    assert "same directions" not in other
 
 
 def test_two_files_for_different_base_models_do_not(dog, tmp_path):

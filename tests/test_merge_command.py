@@ -233,12 +233,12 @@ def test_the_file_of_a_sum_makes_the_same_picture_without_dynfuse(tiny, tmp_path
 
 def test_a_selection_is_saved_as_its_mean_over_steps_and_pictures(tiny, tmp_path, capsys):
     path = tmp_path / "both.safetensors"
-    assert picture(tiny, tmp_path / "out", "--images", 3, "--batch-size", 2, "--save-lora", path, "--rank", 3) == 0
+    assert picture(tiny, tmp_path / "out", "--method", "dynfuse", "--images", 3, "--batch-size", 2, "--save-lora", path, "--rank", 3) == 0
     output = capsys.readouterr().out
     assert "means over 3 steps and 3 images" in output
     assert "of the change is lost to the reduction to rank 3" in output
     with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()["dynfuse_settings"]) == {"subject": "dog", "style": "ink"}
+        assert json.loads(file.metadata()["dynfuse_settings"]) == {"subject": "dog", "style": "ink", "method": "dynfuse"}
     merged_pipeline(tiny, path)
 
 

@@ -318,6 +318,8 @@ def _readable(tags: list[list[str]]) -> Iterator[FuseSettings]:
 
 def _tag_for(p: Any, arguments: Sequence[Any]) -> str | None:
     """The tag that says what the panel or the API asks for, also when it asks for something impossible; None when switched off."""
+    if not (axes.asked(p) or (_is_switched_on(arguments) and not _is_empty(arguments))):
+        return None
     try:
         if detect().off is not None:
             return None

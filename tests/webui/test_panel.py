@@ -101,7 +101,7 @@ def thumbnails(webui, tmp_path):
     def build(**previews):
         with gr.Blocks() as demo:
             made = panel.build("txt2img", FakeHost(tmp_path, previews={name: str(path) for name, path in previews.items()}))
-        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 7, 8)
+        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 8, 9)
         return made.fields, chosen, opened
 
     return build

@@ -177,7 +177,7 @@ def test_a_guided_picture_is_that_of_a_loop_by_hand(double, loras, sources, give
     try:
         results = []
         for m in (0.0, 0.01):
-            ours, _ = run(pipeline, loras, guided_sources, **given, m=m, gradient=gradient, limit=0.0)
+            ours, _ = run(pipeline, loras, guided_sources, **given, method="dynfuse", m=m, gradient=gradient, limit=0.0)
             latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
             expected = by_hand(double, loras, targets, latent, m, gradient, prediction)
             assert ours.dtype == torch.float64

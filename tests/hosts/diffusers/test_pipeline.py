@@ -157,7 +157,7 @@ def test_an_image_does_not_depend_on_its_batch_mates(sd, loras, cfg_scale):
 
 
 def test_the_trace_has_the_steps_and_images_of_the_job(sd, loras):
-    trace = run_fused(sd, loras, seeds=(1, 2)).trace
+    trace = run_fused(sd, loras, FuseSettings(method="dynfuse"), seeds=(1, 2)).trace
     assert trace.winners.shape[0] == 3
     assert trace.winners.shape[2] == 2
     assert trace.measured.all()
@@ -239,7 +239,7 @@ def test_a_forward_that_somebody_else_put_on_the_denoiser_stays(sd, loras):
 
     sd.unet.forward = theirs
     try:
-        run_fused(sd, loras)
+        run_fused(sd, loras, FuseSettings(method="direct"))
         assert sd.unet.forward is theirs
         assert len(calls) == 3
     finally:

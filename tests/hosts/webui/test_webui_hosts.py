@@ -16,6 +16,7 @@ from tests.fakes.models import UNet, write_lora
 from tests.fakes.webui import HOOKS, Processing
 
 TAG = "<dynfuse:dog:watercolor>"
+CHOOSING = "<dynfuse:dog:watercolor:method=dynfuse>"
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ class TestSaving:
         )
 
     def test_a_selection_is_its_mean(self, webui, saved):
-        p = saved(f"a cat {TAG}", batch_size=2)
+        p = saved(f"a cat {CHOOSING}", batch_size=2)
         with open(webui.files["both"], "rb") as file:
             assert b"means over 3 steps and 2 images" in file.read(1 << 20)
         assert webui.host.last_pass(p).request is None, "the LoRAs are let go"
@@ -98,7 +99,7 @@ class TestFusion:
         assert close(direct, plain("a cat <lora:dog:0.7><lora:watercolor:0.6>"))
 
     def test_a_style_without_weight_leaves_the_subject_merged_alone(self, webui, plain):
-        assert close(webui.run("a cat <dynfuse:dog:watercolor:1:0>"), plain("a cat <lora:dog:1>"))
+        assert close(webui.run("a cat <dynfuse:dog:watercolor:1:0:contrast=0>"), plain("a cat <lora:dog:1>"))
 
     def test_the_pair_is_not_merged_when_a_lora_tag_names_it_too(self, webui):
         fused = webui.run(f"a cat {TAG}")
@@ -326,7 +327,7 @@ class TestErrors:
 
 class TestRecord:
     def test_a_pass_has_its_trace_settings_and_report_after_the_job(self, webui):
-        result = webui.process(Processing(f"a cat {TAG}", steps=4, batch_size=2))
+        result = webui.process(Processing(f"a cat {CHOOSING}", steps=4, batch_size=2))
         record = webui.host.last_pass(result.p)
         assert record.settings.subject == "dog"
         assert record.trace.winners.shape == (4, len(record.trace.sites), 2)
@@ -441,7 +442,7 @@ class TestNegativePromptAloneAndFirst:
     def test_calls_are_made_twice_where_the_layers_choose_and_no_more(self, short, decide, chosen_in_the_layers):
         calls = []
         handle = unets(short.shared.sd_model).register_forward_pre_hook(lambda *args: calls.append(1))
-        short.run(f"a cat <dynfuse:dog:watercolor:decide={decide}>", steps=3)
+        short.run(f"a cat <dynfuse:dog:watercolor:method=dynfuse:decide={decide}>", steps=3)
         assert len(calls) == 3 * 2 + chosen_in_the_layers * 2
         calls.clear()
         short.run("a cat", steps=3)
@@ -459,7 +460,7 @@ class TestNegativePromptAloneAndFirst:
         from lib_dynfuse.hosts.webui.roles import Denoisers
 
         monkeypatch.setattr(ForgeDenoisers, "model_calls", Denoisers.model_calls)
-        assert "made on the negative prompt" in short.process(Processing(f"a cat {TAG}")).comments
+        assert "made on the negative prompt" in short.process(Processing(f"a cat {CHOOSING}")).comments
 
 
 class TestSessions:
@@ -500,7 +501,7 @@ class TestSessions:
         def remember(p, *args):
             records.append(webui.host.last_pass(p).trace)
 
-        webui.process(Processing(f"a cat {TAG}", n_iter=2, steps=4, callbacks={"postprocess_batch": remember}))
+        webui.process(Processing(f"a cat {CHOOSING}", n_iter=2, steps=4, callbacks={"postprocess_batch": remember}))
         assert [record.winners.shape[0] for record in records] == [4, 4]
         assert not torch.equal(records[0].divergences, records[1].divergences)
 
