@@ -37,6 +37,23 @@
         gradioApp().appendChild(cover);
     }
 
+    // Trigger words go behind what stands in the prompt, unless they are there.
+    function addToPrompt(tab, words) {
+        const prompt = gradioApp().querySelector(`#${tab}_prompt textarea`);
+        if (!prompt || prompt.value.includes(words)) {
+            return;
+        }
+        prompt.value = prompt.value.trim() ? `${prompt.value.replace(/[\s,]+$/, "")}, ${words}` : words;
+        updateInput(prompt);
+    }
+
+    document.addEventListener("click", function(event) {
+        const button = event.composedPath()[0];
+        if (button instanceof HTMLButtonElement && button.classList.contains("dynfuse-words")) {
+            addToPrompt(button.dataset.tab, button.dataset.words);
+        }
+    });
+
     // On the document: the picture is replaced after every job.
     document.addEventListener("click", function(event) {
         const picture = event.composedPath()[0];

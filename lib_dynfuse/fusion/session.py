@@ -127,13 +127,8 @@ class FusionSession:
         )
         self._state = FusionState(settings, rule, schedules)
         self._depth = 0
-        # Layers are known by what they hold, not by their class: hosts make their own. An RMS norm's gain is called scale in BFL's Flux.
-        modules = {
-            name: module
-            for name, module in model.named_modules()
-            if getattr(module, "weight", None) is not None or isinstance(getattr(module, "scale", None), Tensor)
-        }
-        self.shapes = {name: _shape_of(module) for name, module in modules.items()}
+        modules = _layers(model)
+        self.shapes = layer_shapes(model)
         self.layers = _find_layers(modules, files, len(subjects), self._state, weight_of or _own_weight, self.report)
         nothing_wanted = not rule.measures and all(schedule.full == 0 for schedule in schedules)
         if not self.report.matched and not self.report.one_sided and not nothing_wanted:
@@ -337,6 +332,20 @@ class _StepMarker(PatchedLayer):
         return result
 
 
+def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
+    """Dotted name of each layer of a denoiser -> shape of its weight, None where that is not told (quantised)."""
+    return {name: _shape_of(module) for name, module in _layers(model).items()}
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Known by what they hold, not by their class: hosts make their own. An RMS norm's gain is called scale in BFL's Flux."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is not None or isinstance(getattr(module, "scale", None), Tensor)
+    }
+
+
 def _own_weight(module: nn.Module) -> Tensor:
     return module.weight
 
@@ -463,4 +472,4 @@ def _made_for(file: LoraFile) -> str:
     return "an unknown base model" if layer is None else f"a base model with layers such as {layer}"
 
 
-__all__ = ["FusionError", "FusionSession", "Report", "factors_by_block", "fuse", "members_of"]
+__all__ = ["FusionError", "FusionSession", "Report", "factors_by_block", "fuse", "layer_shapes", "members_of"]

@@ -38,7 +38,7 @@ def describe(file: LoraFile) -> list[str]:
         ("Format", "; ".join(file.dialects) or "unknown"),
         ("Base model", file.family or _unknown_family(file)),
         ("Kinds", ", ".join(f"{kind} ({_count(number, 'layer')})" for kind, number in file.kinds.items())),
-        ("Ranks", _span(file.ranks) or "none"),
+        ("Ranks", ranks(file) or "none"),
         *([("Alpha", alphas)] if (alphas := _alphas(file)) else []),
         ("Denoiser", _denoiser(file)),
         ("Text encoders", ", ".join(_encoder(file, name) for name in file.text) or "none"),
@@ -52,6 +52,11 @@ def describe(file: LoraFile) -> list[str]:
         rows.append(("Frequent tags", tags))
     width = max(len(label) for label, _ in rows)
     return [printable(file.path.name), *(f"  {label:<{width}}  {text}" for label, text in rows)]
+
+
+def ranks(file: LoraFile) -> str:
+    """ "4", "4 to 8", "" where there is none."""
+    return _span(file.ranks)
 
 
 def describe_pair(a: LoraFile, b: LoraFile) -> list[str]:
@@ -186,4 +191,4 @@ def _frequent_tags(metadata: Mapping[str, str]) -> str:
     return ", ".join(f"{tag} ({count})" for tag, count in named.most_common())
 
 
-__all__ = ["describe", "describe_pair"]
+__all__ = ["describe", "describe_pair", "ranks"]

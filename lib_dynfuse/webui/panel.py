@@ -22,7 +22,7 @@ from ..hosts.webui.passes import Recipe
 from ..settings import LORA_FIELDS, PRESETS, SettingsError, default_value, field_metadata, field_types, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
-from . import gallery, pictures, saving
+from . import gallery, inspector, pictures, saving
 from .arguments import WEIGHTS
 
 TITLE = "DynFuse"
@@ -176,6 +176,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 create_refresh_button([fields[name] for name in LORA_FIELDS], host.catalogue.refresh, choices, element("refresh"))
                 swap = gr.Button("\u21c4", elem_id=element("swap"), elem_classes=["tool"], min_width=40)
                 swap.webui_tooltip = SWAP_TOOLTIP
+        chosen = gr.HTML(value="", elem_id=element("chosen"))
         with gr.Row(elem_classes=["dynfuse-row"]):
             for name in TOP_ROW:
                 add(name)
@@ -216,6 +217,9 @@ def build(tab: str, host: WebUIHost) -> Panel:
             button.webui_tooltip = PRESET_TOOLTIPS[name]
             values = PRESETS[name]
             _quietly(button.click, functools.partial(list, values.values()), inputs=[], outputs=[fields[field] for field in values])
+        for name in LORA_FIELDS:
+            both = [fields[side] for side in LORA_FIELDS]
+            _quietly(fields[name].change, functools.partial(inspector.chosen_html, host, tab), inputs=both, outputs=[chosen])
         sides = [fields[name] for name in _sided(fields)]
         _quietly(swap.click, functools.partial(_swapped, _sided(fields)), inputs=sides, outputs=sides)
         result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])

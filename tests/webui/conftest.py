@@ -11,6 +11,7 @@ import gradio as gr
 import pytest
 
 from lib_dynfuse.guidance.references import ReferenceCache
+from lib_dynfuse.lora import read_lora
 
 
 class FakeHost:
@@ -52,6 +53,19 @@ class FakeHost:
 
     def name_by_hash(self, value):
         return next((name for name, other in self.loras.items() if other == value), None)
+
+    layers = None
+
+    def loaded_layers(self):
+        return self.layers
+
+    def read_lora(self, path):
+        return read_lora(self.lora_folder / path.rpartition("/")[2])
+
+    words = None
+
+    def activation_text(self, *names):
+        return self.words
 
     def preview(self, name):
         return self.previews.get(name)

@@ -101,14 +101,16 @@ def thumbnails(webui, tmp_path):
     def build(**previews):
         with gr.Blocks() as demo:
             made = panel.build("txt2img", FakeHost(tmp_path, previews={name: str(path) for name, path in previews.items()}))
-        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 8, 9)
+        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 10, 11)
         return made.fields, chosen, opened
 
     return build
 
 
 def functions_of(demo, *places):
-    """Functions behind a page: of choosing subject and style, of the buttons of references, presets and swap, then of opening the page."""
+    """Functions behind a page: of choosing subject and style, of the buttons of references and presets, of what is said of the choice, of
+    the swap button, then of opening the page.
+    """
     functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
     assert len(functions) > max(places)
     return [functions[place] for place in places]
@@ -185,7 +187,7 @@ def test_the_swap_button_makes_the_subject_the_style(webui, host, hires, exchang
     assert event["inputs"] == event["outputs"]
     names = [controls[control] for control in event["outputs"]]
     given = {"subject": ["dog"], "style": ["ink"], "subject_weight": 0.3, "style_weight": 1.1, "subject_weight_text": "1@0", "hr": hires}
-    (swap,) = functions_of(demo, 7)
+    (swap,) = functions_of(demo, 9)
     swapped = dict(zip(names, swap(*(given.get(name, name) for name in names)), strict=True))
     assert (swapped["subject"], swapped["style"]) == (["ink"], ["dog"])
     assert (swapped["subject_weight"], swapped["style_weight"]) == (1.1, 0.3)
@@ -205,7 +207,7 @@ def references(webui, host):
     """What the panel's refresh button, its clear button and opening the page show of the kept references."""
     with gr.Blocks() as demo:
         panel.build("txt2img", host)
-    return functions_of(demo, 2, 3, 10)
+    return functions_of(demo, 2, 3, 12)
 
 
 def test_the_kept_references_are_shown_and_cleared(references, host):
@@ -223,7 +225,7 @@ def test_a_finished_job_shows_its_result_and_the_references_it_left(webui, host)
     with gr.Blocks() as demo:
         made = panel.build("txt2img", host)
         panel.refresh_result_on_change(gr.Textbox(), made, lambda information: "<p>map</p>", host)
-    (after_job,) = functions_of(demo, 8)
+    (after_job,) = functions_of(demo, 10)
     host.reference_cache.keep_picture(Image.new("RGB", (20, 10)))
     result, references = after_job("{}")
     assert result == "<p>map</p>"

@@ -183,7 +183,7 @@ class TestPanel:
             box = gr.Textbox()
             panel.offer_to_save(box, made, lambda information: found[0], host)
         functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
-        after_job, save, choices = functions[8:11]
+        after_job, save, choices = functions[10:13]
         return made, found, after_job, save, choices
 
     def test_the_controls_are_hidden_until_a_picture_was_fused(self, wired, host):

@@ -29,6 +29,13 @@ class A1111Denoisers(Denoisers):
         refuse_replaced_denoiser()
         return shared.sd_model.model.diffusion_model
 
+    def loaded(self) -> nn.Module | None:
+        from modules import sd_models
+
+        # shared.sd_model would load one.
+        model = sd_models.model_data.sd_model
+        return model.model.diffusion_model if model is not None else None
+
     def identity(self, cfg_denoiser: Any) -> object:
         from modules import shared
 

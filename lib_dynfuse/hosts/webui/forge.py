@@ -36,6 +36,13 @@ class ForgeDenoisers(Denoisers):
         refuse_replaced_denoiser()
         return unet_of(cfg_denoiser).model.diffusion_model
 
+    def loaded(self) -> nn.Module | None:
+        from modules import sd_models
+
+        # Before the first picture it is a stand-in without parts (sd_models.py, FakeInitialModel).
+        parts = getattr(sd_models.model_data.sd_model, "forge_objects", None)
+        return parts.unet.model.diffusion_model if parts is not None else None
+
     def identity(self, cfg_denoiser: Any) -> object:
         return id(unet_of(cfg_denoiser).model.diffusion_model)
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ...fusion.session import layer_shapes
 from ...guidance.references import ReferenceCache
+from ...lora import LoraFile
+from ...lora.families import Shape
 from . import catalogue, job, requests, storage
 from .capabilities import off_because, why_off
 from .catalogue import Catalogue
@@ -77,6 +80,20 @@ class WebUIHost:
         except Exception:
             log.exception("DynFuse could not take its text-encoder parts back")
         self._seams.undo()
+
+    def read_lora(self, path: str) -> LoraFile:
+        """From memory where it was read last. Raises LoraError or OSError."""
+        return self.requests.read_file(path)[1]
+
+    def loaded_layers(self) -> dict[str, Shape | None] | None:
+        """Layers of the loaded checkpoint's denoiser and the shapes of their weights, None where quantised; None where none is loaded or
+        nobody knows."""
+        try:
+            model = self.roles.denoisers.loaded()
+        except Exception:
+            log.debug("DynFuse does not know the loaded checkpoint", exc_info=True)
+            return None
+        return None if model is None else layer_shapes(model)
 
     def before_sampling(self, p: Any) -> None:
         """A sampling is about to begin. The scripts' hook of this name is the only place from which memory can be asked for."""

@@ -101,7 +101,7 @@ class Requests:
             if real in named:
                 raise UnknownLora(f"{named[real]!r} and {name!r} are the same LoRA, {os.path.basename(path)}; name two.")
             named[real] = name
-        read = {side: [self._read_file(path) for path in paths[side]] for side in SIDES}
+        read = {side: [self.read_file(path) for path in paths[side]] for side in SIDES}
         subjects, styles = (tuple(file for _, file in read[side]) for side in SIDES)
         files = (*subjects, *styles)
         for one, other in itertools.combinations(files, 2):
@@ -112,7 +112,8 @@ class Requests:
         text = text_parts(settings, subjects, styles, versions)
         return Request(settings, subjects, styles, frozenset(named), versions, text)
 
-    def _read_file(self, path: str) -> tuple[FileVersion, LoraFile]:
+    def read_file(self, path: str) -> tuple[FileVersion, LoraFile]:
+        """Raises LoraError: one sentence."""
         try:
             return self._files.read(path)
         except OSError as error:

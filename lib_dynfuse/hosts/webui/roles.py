@@ -36,6 +36,10 @@ class Denoisers(ABC):
     def denoiser(self, cfg_denoiser: Any) -> nn.Module:
         """The diffusion model that the next model calls go to. Raises FusionError where its layers would not be run."""
 
+    def loaded(self) -> nn.Module | None:
+        """The diffusion model of the checkpoint that is loaded now; None where there is none yet. Never loads one."""
+        return None
+
     @abstractmethod
     def identity(self, cfg_denoiser: Any) -> object:
         """Changes when the denoiser or the checkpoint in it changes."""
