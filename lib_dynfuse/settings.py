@@ -545,6 +545,8 @@ class FuseSettings:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
 
+_own_presets: Callable[[], Mapping[str, Mapping[str, Any]]] = dict
+
 PRESET = "preset"
 """The key that stands for many fields at once. It is no field: what is stored and shown are the fields' values."""
 
@@ -593,10 +595,22 @@ PRESETS: dict[str, Mapping[str, Any]] = {
 
 
 def preset_values(name: Any) -> Mapping[str, Any]:
-    """The fields that a preset sets. Raises SettingsError for a name that is not in PRESETS."""
-    if not isinstance(name, str) or name not in PRESETS:
-        raise SettingsError(f"{PRESET} must be one of {', '.join(PRESETS)}, not {shown(name)}")
-    return PRESETS[name]
+    """The fields that a preset sets. Raises SettingsError for a name that is not known."""
+    known = {**_own_presets(), **PRESETS}
+    if not isinstance(name, str) or name not in known:
+        raise SettingsError(f"{PRESET} must be one of {', '.join([*PRESETS, *_own_presets()])}, not {shown(name)}")
+    return known[name]
+
+
+def preset_names() -> tuple[str, ...]:
+    """Ours, then the user's own."""
+    return (*PRESETS, *_own_presets())
+
+
+def use_own_presets(source: Callable[[], Mapping[str, Mapping[str, Any]]]) -> None:
+    """source: gives the presets that the user has now, name -> fields."""
+    global _own_presets
+    _own_presets = source
 
 
 @functools.cache

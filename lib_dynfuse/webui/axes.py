@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..settings import LORA_FIELDS, PRESET, PRESETS, FuseSettings, SettingsError, field_metadata, field_types, preset_values
+from ..settings import LORA_FIELDS, PRESET, FuseSettings, SettingsError, field_metadata, field_types, preset_names, preset_values
 from ..text import tag
 
 ATTRIBUTE = "dynfuse_axes"
@@ -59,10 +59,12 @@ def changed_tags(prompt: str, axes: Mapping[str, Any]) -> str:
 def _option(option: Any, name: str, names: Callable[[], list[str]]) -> Any:
     """An AxisOption (xyz_grid.py): label, type of the values, apply(p, value, values), confirm(p, values), choices()."""
     kind: Any = field_types()[name] if name != PRESET else str
-    metadata = field_metadata(name) if name != PRESET else {"label": "Preset", "choices": tuple(PRESETS)}
+    metadata = field_metadata(name) if name != PRESET else {"label": "Preset", "choices": ()}
     choices = {bool: lambda: ["true", "false"]}.get(kind)
-    if metadata["choices"]:
-        choices = lambda: list(metadata["choices"] if name == PRESET else field_metadata(name)["choices"])  # noqa: E731
+    if name == PRESET:
+        choices = lambda: list(preset_names())  # noqa: E731
+    elif metadata["choices"]:
+        choices = lambda: list(field_metadata(name)["choices"])  # noqa: E731
     elif name in LORA_FIELDS:
         choices = names
 

@@ -22,7 +22,7 @@ from ..hosts.webui.passes import Recipe
 from ..settings import LORA_FIELDS, PRESETS, SettingsError, default_value, field_metadata, field_types, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
-from . import gallery, inspector, pictures, saving
+from . import gallery, inspector, own_presets, pictures, saving
 from .arguments import WEIGHTS
 
 TITLE = "DynFuse"
@@ -182,6 +182,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 add(name)
             with gr.Column(elem_classes=["dynfuse-presets"], scale=0, min_width=120):
                 presets = {name: gr.Button(f"Preset: {name}", elem_id=element(f"preset_{name}"), size="sm") for name in PRESETS}
+        own = own_presets.build(element, host)
         with gr.Accordion("Advanced", open=False, elem_id=element("advanced"), elem_classes=["dynfuse-advanced"]):
             for row in (*ADVANCED_ROWS, *_unplaced()):
                 with gr.Row(elem_classes=["dynfuse-row"]):
@@ -217,6 +218,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
             button.webui_tooltip = PRESET_TOOLTIPS[name]
             values = PRESETS[name]
             _quietly(button.click, functools.partial(list, values.values()), inputs=[], outputs=[fields[field] for field in values])
+        own_presets.wire(own, fields, host, _quietly)
         for name in LORA_FIELDS:
             both = [fields[side] for side in LORA_FIELDS]
             _quietly(fields[name].change, functools.partial(inspector.chosen_html, host, tab), inputs=both, outputs=[chosen])

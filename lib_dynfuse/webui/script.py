@@ -18,7 +18,7 @@ from modules import errors, extra_networks, script_callbacks, scripts
 
 from ..guidance.guide import wants_guidance
 from ..hosts.webui.detect import detect
-from ..settings import FuseSettings, SettingsError
+from ..settings import FuseSettings, SettingsError, use_own_presets
 from ..text import infotext, tag
 from . import axes, options, panel, results
 from .arguments import read_arguments
@@ -197,6 +197,7 @@ def _before_ui() -> None:
     # Also called without a user interface (--nowebui).
     host = detect()
     host.install(tag.parse_tags)
+    use_own_presets(lambda: host.presets.all())
     if host.off is None:
         extra_networks.register_extra_network(DynFuseNetwork())
         _add_axes()

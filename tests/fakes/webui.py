@@ -184,7 +184,7 @@ class FakeWebUI:
         self.module("modules.sd_samplers_kdiffusion", KDiffusionSampler=KDiffusionSampler)
         self.module("modules.sd_samplers_timesteps", CompVisSampler=CompVisSampler)
         self.module("modules.sd_unet", current_unet=None)
-        self.module("modules.sd_models", model_data=types.SimpleNamespace(get_sd_model=lambda: shared.sd_model))
+        self.module("modules.sd_models", model_data=types.SimpleNamespace(get_sd_model=lambda: shared.sd_model, sd_model=None))
         self.module("modules.sd_samplers_common", apply_refiner=self.apply_refiner, InterruptedException=InterruptedException)
         self.module("modules.sd_samplers_cfg_denoiser", CFGDenoiser=self.denoiser_class())
         self.module(

@@ -12,6 +12,8 @@ import pytest
 
 from lib_dynfuse.guidance.references import ReferenceCache
 from lib_dynfuse.lora import read_lora
+from lib_dynfuse.settings import use_own_presets
+from lib_dynfuse.user_presets import UserPresets
 
 
 class FakeHost:
@@ -53,6 +55,10 @@ class FakeHost:
 
     def name_by_hash(self, value):
         return next((name for name, other in self.loras.items() if other == value), None)
+
+    @property
+    def presets(self):
+        return UserPresets(self.lora_folder.parent / "presets.json")
 
     layers = None
 
@@ -210,6 +216,7 @@ def script_module(webui, host, monkeypatch):
     module = importlib.import_module("lib_dynfuse.webui.script")
     monkeypatch.setattr(module, "detect", lambda: host)
     yield module
+    use_own_presets(dict)
     sys.modules.pop("lib_dynfuse.webui.script", None)
 
 

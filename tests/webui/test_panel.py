@@ -101,19 +101,31 @@ def thumbnails(webui, tmp_path):
     def build(**previews):
         with gr.Blocks() as demo:
             made = panel.build("txt2img", FakeHost(tmp_path, previews={name: str(path) for name, path in previews.items()}))
-        chosen, opened = functions_of(demo, 0, 1), functions_of(demo, 10, 11)
-        return made.fields, chosen, opened
+        sides = ("subject", "style")
+        return made.fields, behind(demo, *sides), opened(demo, *(f"{side}_preview" for side in sides))
 
     return build
 
 
-def functions_of(demo, *places):
-    """Functions behind a page: of choosing subject and style, of the buttons of references and presets, of what is said of the choice, of
-    the swap button, then of opening the page.
-    """
-    functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
-    assert len(functions) > max(places)
-    return [functions[place] for place in places]
+def wired(demo):
+    """(the function, element ids of what triggers it, of what it sets) of every event."""
+    functions = list(demo.fns.values()) if isinstance(demo.fns, dict) else demo.fns
+    ids = {block._id: getattr(block, "elem_id", None) for block in demo.blocks.values()}
+    for event, function in zip(demo.get_config_file()["dependencies"], functions):
+        targets = [target[0] if isinstance(target, (list, tuple)) else target for target in event["targets"]]
+        yield function.fn, {ids.get(target) for target in targets}, [ids.get(output) for output in event["outputs"]]
+
+
+def behind(demo, *names):
+    """The functions behind controls of the panel."""
+    return [next(function for function, targets, _ in wired(demo) if f"dynfuse_txt2img_{name}" in targets) for name in names]
+
+
+def opened(demo, *names):
+    """The functions that fill these elements when the page is opened."""
+    return [
+        next(f for f, targets, outputs in wired(demo) if targets <= {None} and outputs == [f"dynfuse_txt2img_{name}"]) for name in names
+    ]
 
 
 def test_choosing_a_lora_shows_its_preview(thumbnails, tmp_path):
@@ -166,7 +178,7 @@ def test_the_buttons_of_the_presets_set_the_controls_they_are_wired_to(webui, ho
             pressed = target[0] if isinstance(target, (list, tuple)) else target  # gradio 4 or 3
             if pressed in buttons:
                 wired[buttons[pressed]] = [names[output] for output in event["outputs"]]
-    default, best, paper = functions_of(demo, 4, 5, 6)
+    default, best, paper = behind(demo, *(f"preset_{name}" for name in ("default", "best", "paper")))
     assert set(wired) == {"Preset: default", "Preset: best", "Preset: paper"}
     assert dict(zip(wired["Preset: best"], best(), strict=True))["contrast_every"] == 1
     set_to = dict(zip(wired["Preset: paper"], paper(), strict=True))
@@ -187,7 +199,7 @@ def test_the_swap_button_makes_the_subject_the_style(webui, host, hires, exchang
     assert event["inputs"] == event["outputs"]
     names = [controls[control] for control in event["outputs"]]
     given = {"subject": ["dog"], "style": ["ink"], "subject_weight": 0.3, "style_weight": 1.1, "subject_weight_text": "1@0", "hr": hires}
-    (swap,) = functions_of(demo, 9)
+    (swap,) = behind(demo, "swap")
     swapped = dict(zip(names, swap(*(given.get(name, name) for name in names)), strict=True))
     assert (swapped["subject"], swapped["style"]) == (["ink"], ["dog"])
     assert (swapped["subject_weight"], swapped["style_weight"]) == (1.1, 0.3)
@@ -207,7 +219,7 @@ def references(webui, host):
     """What the panel's refresh button, its clear button and opening the page show of the kept references."""
     with gr.Blocks() as demo:
         panel.build("txt2img", host)
-    return functions_of(demo, 2, 3, 12)
+    return [*behind(demo, "references_show", "references_clear"), *opened(demo, "references")]
 
 
 def test_the_kept_references_are_shown_and_cleared(references, host):
@@ -224,8 +236,8 @@ def test_the_kept_references_are_shown_and_cleared(references, host):
 def test_a_finished_job_shows_its_result_and_the_references_it_left(webui, host):
     with gr.Blocks() as demo:
         made = panel.build("txt2img", host)
-        panel.refresh_result_on_change(gr.Textbox(), made, lambda information: "<p>map</p>", host)
-    (after_job,) = functions_of(demo, 10)
+        panel.refresh_result_on_change(gr.Textbox(elem_id="dynfuse_txt2img_box"), made, lambda information: "<p>map</p>", host)
+    (after_job,) = behind(demo, "box")
     host.reference_cache.keep_picture(Image.new("RGB", (20, 10)))
     result, references = after_job("{}")
     assert result == "<p>map</p>"

@@ -14,6 +14,9 @@ from lib_dynfuse.hosts.webui.passes import Recipe
 from lib_dynfuse.webui import panel, saving
 from tests.fusion.models import lora_file, tokens_model
 
+from .test_panel import behind
+from .test_panel import wired as events_of
+
 LAYERS = [f"{block}.1.transformer_blocks.0.attn1.to_{q}" for block in ("input_blocks.1", "middle_block") for q in "qv"]
 
 
@@ -180,10 +183,12 @@ class TestPanel:
         found = [recipe]
         with gr.Blocks() as demo:
             made = panel.build("txt2img", host)
-            box = gr.Textbox()
+            box = gr.Textbox(elem_id="dynfuse_txt2img_box")
             panel.offer_to_save(box, made, lambda information: found[0], host)
-        functions = [function.fn for function in (demo.fns.values() if isinstance(demo.fns, dict) else demo.fns)]
-        after_job, save, choices = functions[10:13]
+        after_job, save = behind(demo, "box", "saving_button")
+        choices = next(
+            function for function, _, outputs in events_of(demo) if outputs == ["dynfuse_txt2img_subject", "dynfuse_txt2img_style"]
+        )
         return made, found, after_job, save, choices
 
     def test_the_controls_are_hidden_until_a_picture_was_fused(self, wired, host):

@@ -13,6 +13,7 @@ from ...fusion.session import layer_shapes
 from ...guidance.references import ReferenceCache
 from ...lora import LoraFile
 from ...lora.families import Shape
+from ...user_presets import UserPresets
 from . import catalogue, job, requests, storage
 from .capabilities import off_because, why_off
 from .catalogue import Catalogue
@@ -80,6 +81,11 @@ class WebUIHost:
         except Exception:
             log.exception("DynFuse could not take its text-encoder parts back")
         self._seams.undo()
+
+    @property
+    def presets(self) -> UserPresets:
+        """The user's own."""
+        return self.storage.presets
 
     def read_lora(self, path: str) -> LoraFile:
         """From memory where it was read last. Raises LoraError or OSError."""

@@ -8,6 +8,7 @@ from typing import Any
 from ...guidance.encoders import Encoders, load_encoders
 from ...guidance.references import ReferenceCache
 from ...guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderSources
+from ...user_presets import FILE, UserPresets
 from .capabilities import Value
 from .references import Interrupted
 
@@ -30,6 +31,11 @@ class Storage:
     def reference_cache(self) -> ReferenceCache:
         """The references of earlier jobs, and the pictures that the user gave."""
         return ReferenceCache(self.folder / "references", int(_option("dynfuse_reference_cache_mb", 256)) * MEBIBYTE)
+
+    @property
+    def presets(self) -> UserPresets:
+        """The user's own."""
+        return UserPresets(self.folder / FILE)
 
     def encoder_sources(self) -> EncoderSources:
         """Which encoders the user wants, and where they lie."""

@@ -334,6 +334,18 @@ class TestRecord:
         assert record.trace.measured[:, record.trace.decided].all()
         assert len(record.report.matched) == int(record.trace.decided.sum())
 
+    def test_the_layers_of_the_checkpoint_are_known_once_it_is_loaded(self, webui):
+        host, data = webui.host, webui.modules["modules.sd_models"].model_data
+        assert host.loaded_layers() is None
+        data.sd_model = webui.shared.sd_model
+        (report,) = {len(webui.host.last_pass(webui.process(Processing(f"a cat {TAG}")).p).report.matched)}
+        layers = host.loaded_layers()
+        assert len(layers) >= report
+        assert all(shape is None or len(shape) in (2, 4) for shape in layers.values())
+        assert any(shape is not None for shape in layers.values())
+        del data.sd_model
+        assert host.loaded_layers() is None
+
     def test_only_the_last_batch_is_kept(self, webui):
         result = webui.process(Processing(f"a cat {TAG}", n_iter=3, enable_hr=True))
         assert [(p.batch, p.hires) for p in webui.host.passes(result.p)] == [(2, False), (2, True)]
