@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from pathlib import Path
 
 from lib_dynfuse.threads import one_thread
 
-from ..benchmark.protocol import STEPS, TUNING
+from ..benchmark.protocol import REPORTED, STEPS, Pair
 from ..model import WEIGHTS, load_pipeline
 from ..shipped import verify
 from .page import choices, page, similarities
 from .pictures import SIDES, Show, make, steps_in_all
-from .sheet import enlarged, sheet
+from .sheet import enlarged, sheet, strip
 
-PAIRS = (TUNING[0], TUNING[-1])
-"""A creature and a robot that come out better than most (the page says so); not of the pairs on which methods were compared."""
+
+def drawn() -> tuple[Pair, Pair]:
+    """Of the pairs on which no setting was chosen, two that have neither the subject nor the style in common."""
+    chance = random.Random("demo")
+    first = chance.choice(REPORTED)
+    return first, chance.choice([pair for pair in REPORTED if pair.subject != first.subject and pair.style != first.style])
+
+
+PAIRS = drawn()
+"""Drawn by lot (the page says so)."""
 SEEDS = tuple(range(6))
 
 
 def run(out: Path, weights: Path = WEIGHTS) -> int:
     """Make the pictures and the page, with progress on standard error. Returns the exit code.
 
-    out: the folder for index.html, which holds all pictures; demo.png, a contact sheet of the first pair; and a folder of PNGs for each
-    pair. weights: those of the miniature world. Raises WeightsError for missing or damaged ones.
+    out: the folder for index.html, which holds all pictures; demo.png, a contact sheet of the first pair; strip.png, the first picture of
+    each pair by two tags and by DynFuse; and a folder of PNGs for each pair. weights: those of the miniature world. Raises WeightsError
+    for missing or damaged ones.
     """
     from tqdm import tqdm
 
@@ -46,6 +56,7 @@ def run(out: Path, weights: Path = WEIGHTS) -> int:
     for made in shows:
         _save(made, out / made.pair.name)
     sheet(shows[0]).save(out / "demo.png")
+    strip(shows).save(out / "strip.png")
     seconds = time.monotonic() - started
     index = out / "index.html"
     index.write_text(page(shows, seconds), "utf-8")

@@ -40,8 +40,8 @@ ordinary size, and the few pictures of this page are too few to say which method
 docs/quality.md of this project.</p>
 <p>The judges are networks of their own that took no part in making the pictures: no method sees them or is steered by them. A percentage
 is how sure they are, and they can be wrong, about <em>intact</em> most of all. <em>Both</em> is the harmonic mean of subject and style,
-which is near 0 where either is. The seeds are the first six. The two pairs were chosen from the sixteen of this world because they come out
-better than most; docs/quality.md shows others. Everybody who runs this demo gets about the same pictures.</p>
+which is near 0 where either is. The seeds are the first six. The two pairs were drawn by lot from the twelve of this world on which no
+setting was chosen; docs/quality.md shows others. Everybody who runs this demo gets about the same pictures.</p>
 """
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from PIL import Image, ImageDraw
 
 from lib_dynfuse.fusion.selection_map import STYLE, SUBJECT, text_font
@@ -54,4 +56,21 @@ def sheet(show: Show) -> Image.Image:
     return result
 
 
-__all__ = ["ENLARGED", "enlarged", "sheet"]
+def strip(shows: Sequence[Show]) -> Image.Image:
+    """A row for each pair: the subject alone, the style alone, both by two tags and by the default, of the first seed."""
+    columns = ("Subject LoRA alone", "Style LoRA alone", "Two <lora:...> tags", "DynFuse")
+    side = ENLARGED * shows[0].alone["subject"].picture.width
+    result = Image.new("RGB", (2 * _MARGIN + 4 * (side + _GAP) - _GAP, _MARGIN + _LINE + len(shows) * (side + _LINE + _GAP)), "white")
+    pen, font = ImageDraw.Draw(result), text_font()
+    for column, label in enumerate(columns):
+        pen.text((_MARGIN + column * (side + _GAP), _MARGIN - 6), label, fill=_INK, font=font)
+    for row, show in enumerate(shows):
+        top = _MARGIN + _LINE + row * (side + _LINE + _GAP)
+        pictures = (show.alone["subject"], show.alone["style"], show.fused["direct"][0], show.fused["default"][0])
+        for column, judged in enumerate(pictures):
+            result.paste(enlarged(judged.picture), (_MARGIN + column * (side + _GAP), top))
+        pen.text((_MARGIN, top + side + 3), f"“{show.pair.prompt}”", fill=_FAINT_INK, font=font)
+    return result
+
+
+__all__ = ["ENLARGED", "enlarged", "sheet", "strip"]

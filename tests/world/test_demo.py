@@ -20,6 +20,7 @@ from PIL import Image
 pytest.importorskip("diffusers", reason="the demo's model is a diffusers pipeline")
 
 from dynfuse_world import demo
+from dynfuse_world.benchmark.protocol import REPORTED
 from dynfuse_world.demo.page import METHODS
 from dynfuse_world.demo.sheet import ENLARGED
 from dynfuse_world.judges import load_judges
@@ -152,11 +153,26 @@ def test_it_says_what_it_is_not(page):
     assert PAIR.prompt in text
 
 
+def holds(whole, part):
+    """Whether a picture lies somewhere in another."""
+    height, width = part.shape[:2]
+    corners = np.argwhere((whole[: 1 - height or None, : 1 - width or None] == part[0, 0]).all(-1))
+    return any(np.array_equal(whole[y : y + height, x : x + width], part) for y, x in corners)
+
+
+def test_the_pairs_are_of_those_on_which_nothing_was_chosen():
+    assert len(demo.PAIRS) == 2
+    assert set(demo.PAIRS) <= set(REPORTED)
+
+
 def test_the_map_the_curves_and_the_sheet_lie_beside_the_page(made):
     selection_map = Image.open(made / PAIR.name / "selection-map.png")
     counts = {colour: count for count, colour in selection_map.getcolors(selection_map.width * selection_map.height)}
     assert min(counts[SUBJECT], counts[STYLE]) > 0
     assert Image.open(made / PAIR.name / "similarities.png").width > 500
+    strip = np.asarray(Image.open(made / "strip.png"))
+    for name in ("subject-alone", "style-alone", f"direct-{SEEDS[0]}", f"default-{SEEDS[0]}"):
+        assert holds(strip, np.asarray(Image.open(made / PAIR.name / f"{name}.png")))
     sheet = Image.open(made / "demo.png")
     assert sheet.height > (1 + len(METHODS)) * 64 * ENLARGED
 

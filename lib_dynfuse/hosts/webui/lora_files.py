@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from ...lora import LoraFile, read_lora
+from ...lora.adapter_config import SIDECAR
 
 
 @dataclass(frozen=True)
 class FileVersion:
-    """Identifies a file's contents without reading them. time: of modification, in nanoseconds. size: in bytes."""
+    """Identifies a file's contents without reading them. time: of modification, in nanoseconds. size: in bytes. sidecar: both of PEFT's
+    configuration beside it, which its strength may stand in; None without one.
+    """
 
     path: str
     time: int
     size: int
+    sidecar: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, path: str) -> FileVersion:
         """Raises OSError if the file cannot be looked at."""
         status = os.stat(path)
-        return cls(os.path.realpath(path), status.st_mtime_ns, status.st_size)
+        sidecar = None
+        with suppress(OSError):
+            beside = os.stat(os.path.join(os.path.dirname(path), SIDECAR))
+            sidecar = beside.st_mtime_ns, beside.st_size
+        return cls(os.path.realpath(path), status.st_mtime_ns, status.st_size, sidecar)
 
 
 class LoraFiles:

@@ -195,7 +195,8 @@ def file_identity(path: str | None) -> str:
         version = FileVersion.of(path)
     except OSError:
         return os.path.basename(path)
-    return f"{os.path.basename(path)} {version.size} {version.time}"
+    beside = f" {version.sidecar}" if version.sidecar else ""
+    return f"{os.path.basename(path)} {version.size} {version.time}{beside}"
 
 
 def _generate(job: Any, side: str) -> Image.Image:

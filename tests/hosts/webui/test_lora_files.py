@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from lib_dynfuse.hosts.webui import lora_files
 from lib_dynfuse.hosts.webui.lora_files import LoraFiles
 from lib_dynfuse.lora import LoraError
 from tests.fakes.models import UNet, write_lora
+from tests.lora.writing import pair, peft, saved
 
 
 @pytest.fixture
@@ -45,6 +47,30 @@ def test_a_changed_file_is_read_again(tmp_path, reads):
     after, _ = files.read(path)
     assert len(reads) == 2
     assert before != after
+
+
+def test_a_file_is_read_again_when_what_lies_beside_it_changes(tmp_path, reads):
+    """A file of PEFT's without metadata has its strength from adapter_config.json."""
+    path = str(
+        saved(
+            tmp_path,
+            peft("base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", *pair(640, 768, 2)),
+            "adapter_model.safetensors",
+        )
+    )
+    files = LoraFiles()
+
+    def scale():
+        (branch,) = files.read(path)[1].denoiser.values()
+        return branch.scale
+
+    before = scale()
+    for alpha in (4, 16):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": alpha}))
+        assert scale() == alpha / 2
+    (tmp_path / "adapter_config.json").unlink()
+    assert scale() == before
+    assert len(reads) == 4
 
 
 def test_only_the_last_few_are_kept(tmp_path, reads):
