@@ -67,6 +67,18 @@ class Trace:
             return 0.5
         return self.subject_shares[chosen].mean().item()
 
+    @property
+    def uniform(self) -> list[float] | None:
+        """Each LoRA's weight, where it was the same at all sites that it changes, steps and images; else None."""
+        used = self.reached[:, :, None] & self.present[None]  # (steps, S, B)
+        weights = []
+        for member in range(len(self.members)):
+            found = self.weights[..., member][used[..., member]]
+            if found.numel() and not torch.equal(found, found[0, 0].expand_as(found)):
+                return None
+            weights.append(found[0, 0].item() if found.numel() else 0.0)
+        return weights if self.reached.any() and self.weights.shape[2] else None
+
     def of_image(self, image: int) -> Trace:
         """The record of one image of the batch."""
         some = slice(image, image + 1)

@@ -126,10 +126,21 @@ def _record(p: FusionPass) -> GuidanceRecord | None:
 
 
 def _map(trace: Trace | None, settings: FuseSettings | None) -> Image.Image | None:
-    if trace is None:
+    """None also where it would be a field of one colour: see _said."""
+    if trace is None or trace.uniform is not None:
         return None
     assert settings is not None, "a pass that ran had settings"
     return selection_map.draw(trace, *settings.subjects, *settings.styles)
+
+
+def _said(trace: Trace | None, settings: FuseSettings | None) -> str:
+    """What a map has no need to show."""
+    weights = trace.uniform if trace is not None else None
+    if weights is None:
+        return ""
+    assert settings is not None, "a pass that ran had settings"
+    told = " and ".join(f"{html.escape(name)} at {weight:.3g}" for name, weight in zip(settings.subjects + settings.styles, weights))
+    return f"<p>Every layer used {told}, at every step.</p>"
 
 
 def _curve(record: GuidanceRecord | None, width: int = CURVE_WIDTH) -> Image.Image | None:
@@ -143,7 +154,10 @@ def _pass_html(p: _Seen) -> str:
         (_curve(p.record), "Similarities to the references over the steps"),
     ]
     shown = [(picture, text) for picture, text in drawn if picture is not None]
-    return "".join(_figure(picture, text, title if index == 0 else "") for index, (picture, text) in enumerate(shown))
+    said = _said(p.trace, p.settings)
+    if said and title and not shown:
+        said = f"<p>{title}</p>{said}"
+    return said + "".join(_figure(picture, text, title if index == 0 else "") for index, (picture, text) in enumerate(shown))
 
 
 def _figure(picture: Image.Image, text: str, title: str) -> str:

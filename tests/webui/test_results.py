@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import io
 import types
 
@@ -68,6 +69,33 @@ def test_a_finished_jobs_map_and_notes_are_shown_in_its_tab():
     assert "a &lt;b&gt; note" in page
     assert page.count("twice") == 1
     assert results.result_html("img2img", ONE) == ""
+
+
+def test_weights_that_are_the_same_everywhere_are_told_in_a_sentence():
+    """In place of a field of one colour."""
+    done = fusion_pass()
+    same = torch.tensor([1.25, 0.8]).expand(3, 2, 1, 2).clone()
+    done.trace = dataclasses.replace(trace(), weights=same)
+    results.remember("txt2img", "1", [done])
+    page = results.result_html("txt2img", ONE)
+    assert "Every layer used &lt;dog&gt; at 1.25 and watercolor at 0.8, at every step." in page
+    assert "<img" not in page
+    for step, site in ((2, 0), (0, 1)):
+        other = same.clone()
+        other[step, site, 0, 1] = 0.7
+        done.trace = dataclasses.replace(trace(), weights=other)
+        results.remember("txt2img", "1", [done])
+        page = results.result_html("txt2img", ONE)
+        assert "Every layer" not in page
+        assert page.count("<img") == 1
+
+
+def test_a_layer_that_one_lora_leaves_alone_does_not_count_for_it():
+    same = torch.tensor([1.25, 0.8]).expand(3, 2, 1, 2).clone()
+    same[:, 1, :, 1] = 0
+    present = torch.tensor([[True, True], [True, False]])
+    assert dataclasses.replace(trace(), weights=same, present=present).uniform == pytest.approx([1.25, 0.8])
+    assert dataclasses.replace(trace(), weights=same).uniform is None
 
 
 def test_each_browser_sees_its_own_job():
