@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers", reason="the world's model is a diffusers pipeline")
 
 from dynfuse_world import benchmark, model
-from dynfuse_world.benchmark.making import RandomChoice, Studio, random_choice, shipped_judge
+from dynfuse_world.benchmark.making import RandomChoice, Studio, louder, random_choice, shipped_judge
 from dynfuse_world.benchmark.methods import ROWS, row_of
 from dynfuse_world.benchmark.protocol import TUNING
 from dynfuse_world.benchmark.run import made
@@ -167,7 +167,7 @@ def test_a_random_choice_is_the_same_every_time_and_another_for_another_pair():
 def test_rows_that_choose_on_their_own_are_the_products_and_both_are_in_the_trace(studio, weights):
     outcome = made_of(studio, row_of("selection granularity=row", "tried"))
     loras = [read_lora(weights / "loras" / f"{name}.safetensors") for name in (PAIR.subject, PAIR.style)]
-    product = FusedPipeline(model.load_pipeline(weights), *loras, FuseSettings(granularity="row"))
+    product = FusedPipeline(model.load_pipeline(weights), *loras, FuseSettings(method="dynfuse", granularity="row"))
     images = product(PAIR.prompt, seeds=SEEDS, steps=STEPS, cfg_scale=5.0)
     np.testing.assert_array_equal(outcome.pictures, np.stack([np.asarray(image) for image in images.images]))
     assert outcome.diagnosis.share == pytest.approx(images.trace.subject_share())
@@ -195,6 +195,14 @@ def test_the_numbers_are_the_same_on_any_number_of_processes(setup):
         assert alone.diagnosis == together.diagnosis
 
 
+def test_a_louder_file_is_the_same_lora_at_another_weight(weights):
+    path = weights / "loras" / f"{PAIR.subject}.safetensors"
+    plain, loud = read_lora(path), louder(path, 1.5)
+    assert loud.name == plain.name
+    for name, branch in plain.denoiser.items():
+        torch.testing.assert_close(loud.denoiser[name].delta_weight(), 1.5 * branch.delta_weight())
+
+
 def test_an_exception_between_steps_ends_the_work(setup):
     class Enough(Exception):
         pass
@@ -215,17 +223,14 @@ def test_a_missing_file_is_told_by_the_process_that_missed_it(tmp_path):
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """The command, with fewer steps."""
-    from dynfuse_world.benchmark import command
-
-    monkeypatch.setattr(command, "Setup", lambda *values: Setup(*values, steps=STEPS))
-    return benchmark.main
+def short(weights):
+    """The command's beginning: few pictures, fewer steps."""
+    return ["--weights", str(weights), "--workers", "1", "--pairs", PAIR.name, "--seeds", "2", "--steps", str(STEPS)]
 
 
-def test_the_command_prints_the_table_and_writes_pictures(short, weights, tmp_path, capsys):
-    base = ["--weights", str(weights), "--workers", "1", "--pairs", PAIR.name, "--seeds", "2"]
-    assert short([*base, "--only", "direct", "--only", "selection", "--try", "selection bias=2", "--pictures", str(tmp_path / "new")]) == 0
+def test_the_command_prints_the_table_and_writes_pictures(short, tmp_path, capsys):
+    rows = ["--only", "direct", "--only", "selection", "--try", "selection bias=2"]
+    assert benchmark.main([*short, *rows, "--pictures", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr().out
     assert "| selection bias=2 " in printed
     assert "Tuning pairs: 1 × 2 pictures a row" in printed
@@ -233,12 +238,14 @@ def test_the_command_prints_the_table_and_writes_pictures(short, weights, tmp_pa
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"tuning-bars.svg", "tuning-plane.svg"}
 
 
-def test_the_command_prints_json(short, weights, capsys):
-    assert short(["--json", "--weights", str(weights), "--workers", "1", "--pairs", PAIR.name, "--seeds", "2", "--only", "direct"]) == 0
+def test_the_command_prints_json(short, capsys):
+    assert benchmark.main([*short, "--json", "--only", "direct", "--first-seed", "7", "--cfg", "3", "--loudness", "1.5", "0.5"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["row"] for row in result["tuning"]] == ["direct"]
     assert result["reported"] == []
     assert len(result["pictures"][0]["subject"]) == 2
+    protocol = result["protocol"]
+    assert (protocol["steps"], protocol["cfg_scale"], protocol["loudness"], protocol["seeds"]) == (STEPS, 3.0, [1.5, 0.5], [7, 8])
     assert result["run"]["torch"] == torch.__version__
 
 

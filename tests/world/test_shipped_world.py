@@ -89,7 +89,7 @@ def change(name, layer):
     """alpha / rank up down, in float64."""
     tensors = load_file(lora_path(name))
     key = f"lora_unet_{layer.replace('.', '_')}"
-    up, down = (tensors[f"{key}.lora_{way}.weight"].double() for way in ("up", "down"))
+    up, down = (tensors[f"{key}.lora_{way}.weight"].double().flatten(1) for way in ("up", "down"))
     return tensors[f"{key}.alpha"].double() / len(down) * up @ down
 
 
@@ -116,7 +116,8 @@ def assert_same_pictures(images, expected):
 def test_the_direct_sum_is_both_loras_merged(pipeline):
     merged = copy.deepcopy(pipeline)
     for layer, module in adapted(merged.unet).items():
-        module.weight.data = (module.weight.double() + 0.9 * change(PAIR.subject, layer) + 1.1 * change(PAIR.style, layer)).float()
+        total = 0.9 * change(PAIR.subject, layer) + 1.1 * change(PAIR.style, layer)
+        module.weight.data = (module.weight.double() + total.view_as(module.weight)).float()
     settings = FuseSettings(method="direct", subject_weight=0.9, style_weight=1.1)
     images = fused(pipeline, (PAIR.subject, PAIR.style), settings, PAIR.prompt).images
     assert_same_pictures(images, plain_pictures(merged))
@@ -131,7 +132,7 @@ def test_the_selection_is_the_papers_formula_written_out(pipeline):
         divergences[layer] = []
         module.forward = written_out(module, change(PAIR.subject, layer), change(PAIR.style, layer), divergences[layer])
     expected = plain_pictures(literal)
-    made = fused(pipeline, (PAIR.subject, PAIR.style), FuseSettings(decide="now", vote_tokens=0), PAIR.prompt)
+    made = fused(pipeline, (PAIR.subject, PAIR.style), FuseSettings(method="dynfuse", decide="now", vote_tokens=0), PAIR.prompt)
     assert_same_pictures(made.images, expected)
     subject, style = torch.stack([torch.stack(divergences[site.layer]) for site in made.trace.sites], 1).unbind(2)  # (steps, sites, images)
     chosen = subject >= style
@@ -143,10 +144,15 @@ def test_the_selection_is_the_papers_formula_written_out(pipeline):
 
 
 def written_out(module, subject, style, divergences):
-    """A linear layer's forward that chooses; rows: the negative prompt's of all images, then the prompt's."""
-    weight, bias = module.weight.double(), 0 if module.bias is None else module.bias.double()
+    """A forward that chooses, of a linear layer or a 1 x 1 convolution; rows: the negative prompt's of all images, then the prompt's."""
+    weight, bias = module.weight.double().flatten(1), 0 if module.bias is None else module.bias.double()
 
     def forward(h):
+        if h.dim() == 4:
+            return tokens(h.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, h.shape[2:])
+        return tokens(h)
+
+    def tokens(h):
         rows = h.double()
         base = rows @ weight.T + bias
         changes = [rows @ delta.T for delta in (subject, style)]
