@@ -67,10 +67,13 @@ class Decisions:
         chooses = self.begun % settings.decide_every == 0
         state.sampling = False
         if not rule.measures:
-            if self._blocks and not (rule.uniform or rule.composes) and not (rule.constant and self._held is not None):
-                self._held = rule.weights(step, None)
-            if self._blocks and not rule.composes:
-                self._apply()
+            # Not in the first step: that is computed as in a session that has just begun, or a batch's second picture would differ from the
+            # same one alone by rounding.
+            if self._blocks and self.begun:
+                if not (rule.uniform or rule.composes) and not (rule.constant and self._held is not None):
+                    self._held = rule.weights(step, None)
+                if not rule.composes:
+                    self._apply()
         elif self._held is not None and not self._in_layers and (settings.decide == "next" or not chooses):
             state.sampling = chooses
             self._apply()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib_dynfuse import FuseSettings, FusionError, Rows, fuse
-from lib_dynfuse.fusion import FusionSession, Rule
+from lib_dynfuse.fusion import FusionSession, Rule, Step
 from lib_dynfuse.fusion.divergence import CRITERIA
 
 from .models import ATTENTION, BLOCK, CONVOLUTION, FEED_FORWARD, WIDTH, Nested, delta_weights, kl, lora_file, tokens_model
@@ -586,3 +586,24 @@ def test_a_rule_is_asked_anew_at_every_step(model, pair, deltas):
         for name in NAMES:
             y0, d = products(model, name, x, deltas[side][name])
             assert_close(outputs[name], y0 + d)
+
+
+@pytest.mark.parametrize("method", ["balanced", "direct", "dynfuse", "klora", "switch", "np-lora"])
+def test_a_second_picture_is_the_same_to_the_bit_as_in_a_session_of_its_own(model, pair, method):
+    settings = FuseSettings(method=method)
+    steps = [latent(seed=seed) for seed in range(4)]
+
+    def picture(session):
+        outputs = []
+        for number, x in enumerate(steps):
+            session.begin(Step.of(number, len(steps)))
+            with torch.no_grad(), session.attached(Rows((0, 0), (False, True), 1)):
+                outputs.append(model(x))
+            session.end_step()
+        return outputs
+
+    session = FusionSession(model, *pair, settings)
+    picture(session)
+    session.restart()
+    for second, alone in zip(picture(session), picture(FusionSession(model, *pair, settings)), strict=True):
+        assert all(second[name].equal(alone[name]) for name in NAMES)
