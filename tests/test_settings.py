@@ -141,5 +141,5 @@ def test_a_registered_method_is_a_choice_at_once():
         assert field_metadata("method")["tooltip"].endswith("halves: each LoRA at half its weight.")
     finally:
         del METHODS["halves"]
-    with pytest.raises(SettingsError, match="method must be one of dynfuse, "):
+    with pytest.raises(SettingsError, match="method must be one of balanced, "):
         FuseSettings(method="halves")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..hosts.webui.host import WebUIHost
 from ..hosts.webui.passes import Recipe
-from ..settings import LORA_FIELDS, PRESETS, SettingsError, default_value, field_metadata, field_types, split_names
+from ..settings import LORA_FIELDS, METHODS, PRESETS, SettingsError, default_value, field_metadata, field_types, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
 from . import gallery, inspector, own_presets, pictures, saving
@@ -182,6 +182,8 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 add(name)
             with gr.Column(elem_classes=["dynfuse-presets"], scale=0, min_width=120):
                 presets = {name: gr.Button(f"Preset: {name}", elem_id=element(f"preset_{name}"), size="sm") for name in PRESETS}
+        explained = gr.HTML(value=_explained(default_value("method")), elem_id=element("method_text"), elem_classes=["dynfuse-kept"])
+        _quietly(fields["method"].change, _explained, inputs=[fields["method"]], outputs=[explained])
         own = own_presets.build(element, host)
         with gr.Accordion("Advanced", open=False, elem_id=element("advanced"), elem_classes=["dynfuse-advanced"]):
             for row in (*ADVANCED_ROWS, *_unplaced()):
@@ -229,6 +231,13 @@ def build(tab: str, host: WebUIHost) -> Panel:
 
     texts = {name: fields.pop(name) for name in WEIGHT_TEXTS}
     return Panel(enabled, {name: fields[name] for name in field_types()}, texts, result, below, references)
+
+
+def _explained(method: str | None) -> str:
+    """What the chosen method does, in a line."""
+    summary = METHODS.get(method or "")
+    recommended = ", recommended" if method == default_value("method") else ""
+    return f"<p><b>{html.escape(method or '')}</b>{recommended}: {html.escape(summary)}.</p>" if summary else ""
 
 
 def _sided(names: Iterable[str]) -> list[str]:
@@ -358,7 +367,7 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     common = {"label": metadata["label"], "value": default_value(name), "elem_id": element}
     if name in LORA_FIELDS:
         control = gr.Dropdown(**{**common, "value": []}, choices=host.catalogue.names(), multiselect=True, **_custom_values())
-    elif name in ("method", "criterion"):
+    elif name == "criterion":
         control = gr.Radio(choices=list(metadata["choices"]), **common)
     elif metadata["picture"]:
         control = gr.Image(

@@ -17,6 +17,10 @@ RULES: dict[str, type[Rule]] = {}
 """The methods by the value of the setting `method`."""
 
 
+# Where methods are listed: the recommended one, the paper's, the plain sum; then the others by name.
+_FIRST = ("balanced", "dynfuse", "direct")
+
+
 def discover() -> None:
     """Register the rules of all modules here. Raises ValueError for two of one name."""
     found: list[type[Rule]] = []
@@ -24,8 +28,7 @@ def discover() -> None:
         module = importlib.import_module(f"{__name__}.{entry.name}")
         classes = (thing for _, thing in inspect.getmembers(module, inspect.isclass) if thing.__module__ == module.__name__)
         found += [thing for thing in classes if issubclass(thing, Rule) and not inspect.isabstract(thing)]
-    # The paper's own comes first where methods are listed.
-    for rule in sorted(found, key=lambda rule: (rule.name != "dynfuse", rule.name)):
+    for rule in sorted(found, key=lambda rule: (_FIRST.index(rule.name) if rule.name in _FIRST else len(_FIRST), rule.name)):
         if RULES.setdefault(rule.name, rule) is not rule:
             raise ValueError(f"two rules are named {rule.name!r}")
         register_method(rule.name, rule.summary)

@@ -18,7 +18,7 @@ class Balanced(Rule):
     """
 
     name = "balanced"
-    summary = "all LoRAs added everywhere, each made as loud as the others"
+    summary = "all LoRAs added everywhere, each made as loud as the others, away from the picture without them"
     constant = True
     contrast = 1.0
 

@@ -87,7 +87,10 @@ class TestFusion:
 
     def test_a_style_without_weight_leaves_the_subject_merged_alone(self, case):
         needs_exact_merge(case)
-        assert difference(case.pixels(f"a cat {case.tag_with('1', '0', 'contrast=0')}"), case.pixels(f"a cat <lora:{case.subject}:1>")) <= ROUNDING
+        assert (
+            difference(case.pixels(f"a cat {case.tag_with('1', '0', 'contrast=0')}"), case.pixels(f"a cat <lora:{case.subject}:1>"))
+            <= ROUNDING
+        )
 
     def test_a_lora_tag_beside_ours_does_not_merge_the_pair(self, case, fused):
         beside = case.image(f"a cat <lora:{case.subject}:0.7>{case.tag}<lora:{case.style}:1>")
