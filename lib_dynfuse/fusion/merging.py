@@ -133,11 +133,11 @@ def merge_files(
 ) -> Merged:
     """Write the LoRAs as one, without a model or a picture. steps: over which weights that vary with the step are averaged.
 
-    Raises LoraError or FusionError: one sentence, also where the rule measures.
+    Raises LoraError or FusionError: one sentence, also where the rule goes by what is seen of pictures.
     """
-    if RULES[settings.method].measures:
+    if RULES[settings.method].measures or RULES[settings.method].compares:
         raise LoraError(
-            f"The method {settings.method} chooses by what it measures while a picture is made: make one with generate --save-lora FILE, "
+            f"The method {settings.method} chooses by what it sees of pictures: make one with generate --save-lora FILE, "
             "or press the button under a picture in the panel; --method direct needs none."
         )
     model = _published_model([*subjects, *styles])

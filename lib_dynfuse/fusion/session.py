@@ -230,6 +230,15 @@ class FusionSession:
         return self._predictions.moved(prediction, scale, call)
 
     @property
+    def compares(self) -> bool:
+        """Whether the method goes by the similarity of two pictures, one of each side's LoRAs alone."""
+        return self._state.rule.compares
+
+    def tell_similarity(self, cosine: float) -> None:
+        """What such a method goes by: of the pictures' DINO embeddings, -1 to 1."""
+        self._state.rule.similarity = cosine
+
+    @property
     def contrasts(self) -> bool:
         """Whether predict moves predictions away from others."""
         return self._predictions.wanted

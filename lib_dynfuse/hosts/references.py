@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..guidance.references import Reference
 from ..settings import FuseSettings
 from ..strength import number_text
 
@@ -22,6 +23,18 @@ def alone(settings: FuseSettings, side: str) -> FuseSettings:
     }
     plain = FuseSettings(subject=settings.subject, style=settings.style, method="direct", te_weight=settings.te_weight)
     return replace(plain, **changes)
+
+
+def compared(settings: FuseSettings) -> FuseSettings:
+    """For the two pictures that a method compares: of the job's own prompt, whatever references a guidance has."""
+    weights: dict[str, Any] = dict.fromkeys(("content_weight", "style_clip_weight", "style_dino_weight"), 1.0)
+    return replace(settings, subject_prompt="", style_prompt="", subject_image="", style_image="", **weights)
+
+
+def similarity(references: Sequence[Reference]) -> float:
+    """Cosine of the DINO embeddings of two references."""
+    one, other = (reference.embeddings.dino for reference in references)
+    return float((one.double() * other.double()).sum())
 
 
 def full_weight(settings: FuseSettings, side: str) -> float | str:
@@ -48,4 +61,4 @@ def activation_texts(lora_paths: Sequence[str]) -> str | None:
     return ", ".join(text.strip(" ,") for text in texts)
 
 
-__all__ = ["activation_text", "activation_texts", "alone", "full_weight"]
+__all__ = ["activation_text", "activation_texts", "alone", "compared", "full_weight", "similarity"]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from modules import errors, extra_networks, script_callbacks, scripts
 
+from ..fusion.rules import RULES
 from ..guidance.guide import wants_guidance
 from ..hosts.webui.detect import detect
 from ..settings import FuseSettings, SettingsError, use_own_presets
@@ -304,7 +305,7 @@ def _wanted(p: Any, arguments: Sequence[Any]) -> FuseSettings | None:
 
 def _repeatable(settings: FuseSettings, seeds: Sequence[int]) -> FuseSettings:
     """The settings under which each image of a job can be made again alone: the references are those of the job's first seed."""
-    if not wants_guidance(settings) or settings.reference_seed >= 0 or len(seeds) < 2:
+    if not (wants_guidance(settings) or RULES[settings.method].compares) or settings.reference_seed >= 0 or len(seeds) < 2:
         return settings
     return dataclasses.replace(settings, reference_seed=int(seeds[0]))
 

@@ -58,8 +58,10 @@ class Rule(ABC):
     name: the value of the setting `method`. summary: one line for the panel. measures: its weights follow from votes, the divergences of
     the setting `criterion`. selects: exactly one LoRA has a weight at each site of each image. constant: its weights are the same at
     every step. uniform: all its weights are 1. composes: the prediction is the mean of one for each LoRA alone, and the weights only say
-    so to the record. rewrites: it changes the LoRAs' matrices before the first step (see rewritten). contrast: how much of it goes with
-    the method where the setting leaves it to that. device: where weights without votes are wanted.
+    so to the record. compares: it goes by the similarity of two pictures, one made with each side's LoRAs alone. rewrites: it changes the
+    LoRAs' matrices before the first step (see rewritten). contrast: how much of it goes with the method where the setting leaves it to
+    that. similarity: cosine of the DINO embeddings of the pictures that it compares, told before the first step. device: where weights
+    without votes are wanted.
     """
 
     name: ClassVar[str]
@@ -69,10 +71,12 @@ class Rule(ABC):
     constant: ClassVar[bool] = False
     uniform: ClassVar[bool] = False
     composes: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
     rewrites: ClassVar[bool] = False
     contrast: ClassVar[float] = 0.0
 
     places: Places
+    similarity: float = 0.0
     device: torch.device = torch.device("cpu")
 
     def prepare(self, places: Places) -> None:

@@ -16,6 +16,7 @@ def softened(rule: Rule) -> Rule:
         name = rule.name
         summary = rule.summary
         measures = rule.measures
+        compares = rule.compares
         constant = rule.constant
 
         def prepare(self, places: Places) -> None:
@@ -23,7 +24,7 @@ def softened(rule: Rule) -> Rule:
             rule.prepare(places)
 
         def weights(self, step: Step, votes: Votes | None) -> Tensor:
-            rule.device = self.device
+            rule.device, rule.similarity = self.device, self.similarity
             weights = rule.weights(step, votes)
             return torch.lerp(torch.full_like(weights, self.places.settings.loser), torch.ones_like(weights), weights)
 

@@ -31,8 +31,8 @@ from ...guidance.score import Targets
 from ...guidance.weights import EncoderError
 from ...reasons import first_line
 from ...settings import FuseSettings
-from ..references import alone
-from ..sides import Loras, as_tuple
+from ..references import alone, similarity
+from ..sides import SIDES, Loras, as_tuple
 from ..wrapping import wrapped
 from .guidance import GuidanceSources, GuidedCall, NoDecoderError, guidance_decoders
 from .loading import PipelineError
@@ -112,6 +112,8 @@ class FusedPipeline:
         # Under a caller's inference mode no gradient could be taken.
         with torch.inference_mode(False):
             call, references = self._guided(prompt, job, notes, reference_progress)
+            if session.compares:
+                session.tell_similarity(self._similarity(prompt, job, reference_progress))
         arguments: dict[str, Any] = {
             "prompt": prompt,
             "num_images_per_prompt": len(seeds),
@@ -213,13 +215,26 @@ class FusedPipeline:
         targets = Targets.of(subject, style)
         return GuidedCall(self.pipeline, denoiser(self.pipeline), settings, targets, encoders, decoders), list(found.values())
 
+    def _similarity(self, prompt: str, job: Job, progress: ReferenceProgress | None) -> float:
+        """Of the two pictures of one side alone that the method compares. Raises EncoderError."""
+        sources = self.guidance.encoders
+        encoders = sources if isinstance(sources, Encoders) else load_encoders(sources, self.guidance.progress)
+        own = self.settings.reference_seed
+        job = replace(job, seed=own if own >= 0 else job.seed)
+        return similarity([self._generated(side, prompt, job, encoders, progress) for side in SIDES])
+
     def _reference(self, side: str, prompt: str, job: Job, encoders: Encoders, progress: ReferenceProgress | None) -> Reference:
         """The side's reference: the user's picture, the cached one, or a new one."""
-        settings, cache = self.settings, self.guidance.cache
+        settings = self.settings
         if given := getattr(settings, f"{side}_image"):
-            return reference_of_given(side, given, cache, encoders)
+            return reference_of_given(side, given, self.guidance.cache, encoders)
         loras = self.subjects if side == "subject" else self.styles
-        prompt = reference_prompt(side, settings, loras, prompt)
+        return self._generated(side, reference_prompt(side, settings, loras, prompt), job, encoders, progress)
+
+    def _generated(self, side: str, prompt: str, job: Job, encoders: Encoders, progress: ReferenceProgress | None) -> Reference:
+        """The picture of one side's LoRAs alone, from the cache or new. prompt: its own."""
+        settings, cache = self.settings, self.guidance.cache
+        loras = self.subjects if side == "subject" else self.styles
         key = reference_key(side, settings, loras, prompt, job, self.pipeline, encoders.identity)
         if (known := cache.get(key)) is not None:
             return known

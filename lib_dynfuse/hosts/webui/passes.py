@@ -65,8 +65,8 @@ class FusionPass:
     """One pass.
 
     settings: what was asked for; None if it could not be understood. request: the same with the LoRAs, until the job is over.
-    error: the sentence that stops the image, instead of a request. guidance: None where none is wanted, or could be had. batch: number
-    of the batch in the job, from 0.
+    error: the sentence that stops the image, instead of a request. guidance: None where none is wanted, or could be had. similarity:
+    of the pictures that the method compares, if it does. batch: number of the batch in the job, from 0.
     """
 
     roles: Roles
@@ -74,6 +74,7 @@ class FusionPass:
     request: Request | None = None
     error: str | None = None
     guidance: GuidedPass | None = None
+    similarity: float | None = None
     hires: bool = False
     batch: int = 0
     denoising: bool = field(default=False, init=False)
@@ -198,6 +199,8 @@ class FusionPass:
 
     def _begin(self, session: FusionSession) -> None:
         assert self._step is not None
+        if self.similarity is not None:
+            session.tell_similarity(self.similarity)
         session.begin(self._step)
 
     def _attach(self, cfg_denoiser: Any, cond: Any, tell: Callable[[FusionSession], None]) -> None:

@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from ...fusion import FusionError
+from ...fusion.rules import RULES
 from ...guidance.encoders import Encoders
 from ...guidance.guide import wants_guidance
 from ...guidance.weights import EncoderError
 from ...lora import LoraFile, compatible
 from ...lora.branch import LoraError
 from ...settings import FuseSettings, SettingsError
+from ..references import compared, similarity
 from ..sides import SIDES, names_of
 from .capabilities import Call, Value
 from .catalogue import Catalogue, UnknownLora
@@ -83,6 +85,8 @@ class Requests:
             new.request = self._read(new.settings.for_hires() if new.hires else new.settings)
             if wants_guidance(new.settings):
                 new.guidance = self._guidance(p, data, new, job)
+            if RULES[new.settings.method].compares:
+                new.similarity = self._similarity(p, data, new, job)
         except (SettingsError, LoraError, UnknownLora, FusionError, EncoderError, ReferenceFailed) as reason:
             new.error = f"DynFuse: {reason}"
         except Exception as reason:
@@ -136,10 +140,33 @@ class Requests:
             return None  # the job itself stops at its first step
         return GuidedPass(self._roles.samplers, new.settings, encoders, references, job.decoders)
 
+    def _similarity(self, p: Any, data: Mapping[str, Sequence[Any]], new: FusionPass, job: FusionJob) -> float:
+        """Of the two pictures that the pass's method compares, made with one side alone. Raises EncoderError or ReferenceFailed."""
+        assert new.settings is not None
+        assert new.request is not None
+        known = next((done.similarity for done in reversed(job.passes) if done.batch == new.batch and done.similarity is not None), None)
+        if known is not None:  # a hires pass has its first pass's
+            return known
+        try:
+            with own_random_state():
+                job.encoders = encoders = self._storage.encoders()
+            maker = self._reference_maker(p, data, compared(new.settings), new.request, encoders, of_the_picture=True)
+            return similarity(maker.references())
+        except Interrupted:
+            return 0.0  # the job itself stops at its first step
+
     def _reference_maker(
-        self, p: Any, data: Mapping[str, Sequence[Any]], settings: FuseSettings, request: Request, encoders: Encoders
+        self,
+        p: Any,
+        data: Mapping[str, Sequence[Any]],
+        settings: FuseSettings,
+        request: Request,
+        encoders: Encoders,
+        of_the_picture: bool = False,
     ) -> ReferenceMaker:
-        """settings: of the first pass, whose references a hires pass shares whatever its own weights are."""
+        """settings: of the first pass, whose references a hires pass shares whatever its own weights are. of_the_picture: under its
+        prompt, whatever words the LoRAs have of their own.
+        """
         tags = other_tags(data, TAG, lambda name: self._catalogue.is_among(name, request.paths))
         return ReferenceMaker(
             p,
@@ -148,7 +175,9 @@ class Requests:
             self._storage.reference_cache,
             self._roles.checkpoints.identity(p),
             hashes={side: "+".join(map(self._hash, names_of(settings, side))) for side in SIDES},
-            activation_texts={side: self._catalogue.activation_text(*names_of(settings, side)) for side in SIDES},
+            activation_texts={
+                side: None if of_the_picture else self._catalogue.activation_text(*names_of(settings, side)) for side in SIDES
+            },
             tags=" ".join(f"<{kind}:{':'.join(items)}>" for kind, items in tags),
             tags_identity="; ".join(
                 f"{kind}:{':'.join(items)} ({file_identity(self._catalogue.path(items[0])) if items else ''})" for kind, items in tags

@@ -130,6 +130,31 @@ class TestKLora:
             FusionSession(model, loras[:1], loras[1:], FuseSettings(method="klora"))
 
 
+class TestEstLora:
+    @pytest.mark.parametrize("cosine", [0.0, 0.9])
+    def test_the_choice_of_every_step_by_brute_force(self, model, loras, deltas, cosine):
+        session = FusionSession(model, *loras[:2], FuseSettings(method="est-lora"))
+        assert session.compares
+        session.tell_similarity(cosine)
+        out, inputs = run(session, model)
+        energies = [{name: float(delta[name].square().sum()) for name in NAMES} for delta in deltas[:2]]
+        gamma = sum(energies[0].values()) / sum(energies[1].values())
+        chosen = {
+            (number, name): energies[0][name] / gamma >= energies[1][name] * (1.5 * number / STEPS + 1 - cosine)
+            for number in range(STEPS)
+            for name in NAMES
+        }
+        assert_close(out, wanted(model, inputs, deltas, lambda step, name: (1, 0) if chosen[step, name] else (0, 1)))
+        assert len(set(chosen.values())) == 2
+
+    def test_what_is_left_of_the_losers_knows_it_too(self, model, loras):
+        soft, hard = (FusionSession(model, *loras[:2], FuseSettings(method="est-lora", loser=loser)) for loser in (0.5, 0.0))
+        for session in (soft, hard):
+            session.tell_similarity(0.9)
+            run(session, model)
+        assert torch.equal(soft.trace.weights, torch.where(hard.trace.weights > 0, 1.0, 0.5))
+
+
 class TestSwitch:
     @pytest.mark.parametrize(("every", "count"), [(5, 2), (2, 3), (1, 2)])
     def test_they_take_turns(self, model, loras, deltas, every, count):

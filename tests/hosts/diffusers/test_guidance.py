@@ -516,3 +516,42 @@ def test_progress_is_told_of_the_references_and_may_interrupt_them(sd, loras, so
     assert seen == [("subject", 1, 3), ("subject", 2, 3), ("subject", 3, 3), ("style", 1, 3), ("style", 2, 3)]
     assert everything_as_before(sd, sources.encoders)
     assert [entry.side for entry in sources.cache.entries()] == ["subject"]
+
+
+# A method that compares the pictures of each LoRA alone
+
+
+def test_est_lora_goes_by_the_pictures_of_each_lora_alone(sd, loras, sources, encoders):
+    """Against a fusion that is told the similarity of two pictures made by hand."""
+    ours, result = run(sd, loras, sources, method="est-lora", subject_prompt="not this")
+    assert result.guidance is None
+    pictures = []
+    for weights in ({"style_weight": 0.0}, {"subject_weight": 0.0}):
+        made = FusedPipeline(sd, *loras, FuseSettings(method="direct", **weights))(
+            "a dog", negative_prompt="rain", seeds=(1,), steps=STEPS, cfg_scale=CFG, width=SIZE, height=SIZE
+        )
+        pictures.append(encoders.embed_picture(made.images[0]).dino)
+    cosine = float((pictures[0] * pictures[1]).sum())
+    told = []
+    for value in (cosine, -5.0):
+
+        class Told(FusedPipeline):
+            def _similarity(self, *arguments, value=value):
+                return value
+
+        told.append(
+            torch.stack(
+                Told(sd, *loras, FuseSettings(method="est-lora"), sources)(
+                    *("a dog",),
+                    negative_prompt="rain",
+                    seeds=(1,),
+                    steps=STEPS,
+                    cfg_scale=CFG,
+                    width=SIZE,
+                    height=SIZE,
+                    output_type="latent",
+                ).images
+            )
+        )
+    torch.testing.assert_close(ours, told[0], rtol=0, atol=1e-6)
+    assert not torch.equal(told[0], told[1])

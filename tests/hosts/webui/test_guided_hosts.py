@@ -473,3 +473,39 @@ def stand_in(webui):
     p = Processing("")
     p.cond = p.uncond = None
     return webui.modules["modules.sd_samplers_cfg_denoiser"].CFGDenoiser(webui, None, p)
+
+
+class TestComparedPictures:
+    """EST-LoRA goes by how unlike the pictures of each LoRA alone are; it needs the encoders, and no guidance."""
+
+    TAG = "<dynfuse:dog:watercolor:method=est-lora>"
+
+    def test_the_session_knows_their_similarity(self, guided):
+        _, done = job(guided, f"a cat {self.TAG}", seed=6)
+        assert guided.jobs == 3
+        assert done.guidance is None
+        # The same two pictures by hand, of the picture's own prompt and seed.
+        encoders = load_encoders(guided.host.storage.encoder_sources())
+        embeddings = [encoders.embed_picture(Image.open(entry.path).convert("RGB")) for entry in references_of(guided)]
+        assert done.similarity == pytest.approx(float((embeddings[0].dino * embeddings[1].dino).sum()), abs=1e-6)
+        assert done.similarity != 0
+
+    def test_they_are_kept_and_a_hires_pass_has_its_first_passs(self, guided):
+        first, _ = job(guided, f"a cat {self.TAG}", seed=6)
+        again = guided.process(Processing(f"a cat {self.TAG}", seed=6, enable_hr=True))
+        assert guided.jobs == 4
+        known = [done.similarity for done in guided.host.passes(again.p)]
+        assert len(known) == 2
+        assert known[0] == known[1]
+
+    def test_without_encoders_a_sentence_stops_the_job(self, guided):
+        guided.shared.opts.dynfuse_download_encoders = False
+        guided.shared.opts.dynfuse_encoders_folder = "/nowhere"
+        guided.shared.opts.dynfuse_dino_model = ""
+        with pytest.raises(RuntimeError, match=r"DynFuse: .*DINO|DynFuse: .*encoder"):
+            guided.run(f"a cat {self.TAG}")
+
+
+def references_of(webui):
+    """The kept pictures, the subject's first."""
+    return sorted(webui.host.reference_cache.entries(), key=lambda entry: entry.side != "subject")
