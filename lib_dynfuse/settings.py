@@ -7,6 +7,7 @@ setting has one name, one type, one range and one explanation everywhere.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -531,7 +532,7 @@ class FuseSettings:
         known = field_types()
         unknown = [str(key) for key in values if key not in known]
         if unknown:
-            raise SettingsError(f"unknown setting {', '.join(map(shown, unknown[:9]))}; known are {', '.join(known)}")
+            raise SettingsError(f"unknown setting {', '.join(map(shown, unknown[:9]))}; {_meant(unknown, known)}")
         return cls(**{**preset, **values})
 
     @classmethod
@@ -605,6 +606,11 @@ def preset_values(name: Any) -> Mapping[str, Any]:
 def preset_names() -> tuple[str, ...]:
     """Ours, then the user's own."""
     return (*PRESETS, *_own_presets())
+
+
+def _meant(unknown: Iterable[str], known: Iterable[str]) -> str:
+    close = [match for name in unknown for match in difflib.get_close_matches(name, list(known), n=2)]
+    return f"did you mean {' or '.join(dict.fromkeys(close))}?" if close else "docs/settings.md lists those that there are"
 
 
 def use_own_presets(source: Callable[[], Mapping[str, Mapping[str, Any]]]) -> None:

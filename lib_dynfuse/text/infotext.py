@@ -1,7 +1,7 @@
 """The infotext: the line of "name: value" pairs under an image, and in its file, from which a WebUI restores its panels.
 
 Pure text: the host quotes values that hold a comma or a colon (infotext_utils.quote), and parses the line into a dict.
-Every name starts with "DynFuse"; only values that differ from the defaults are written.
+Every name starts with "DynFuse"; beside the method only values that differ from the defaults are written.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ def field_key(name: str) -> str:
 
 def settings_fields(settings: FuseSettings) -> dict[str, str]:
     """The infotext's entries that restore the panel."""
-    return {
-        ENABLED: "True",
-        **{field_key(name): tag.format_field(name, value) for name, value in settings.non_default().items()},
-    }
+    told = {"method": settings.method, **settings.non_default()}  # what the default method is may change
+    return {ENABLED: "True", **{field_key(name): tag.format_field(name, told[name]) for name in field_types() if name in told}}
 
 
 def hash_field(names: Iterable[str], hash_of: Callable[[str], str | None]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import escaping
+from ..printable import printable
 from ..settings import (
     LORA_FIELDS,
     FuseSettings,
@@ -39,6 +40,8 @@ _ERROR_START = f"<dynfuse:{_ERROR_KEY}="
 # Cut as the host cuts (modules/extra_networks.py, re_extra_net): "<lora:dog<dynfuse:a:b>" is one tag, and not ours.
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 _LOOSE = re.compile(r"<\s*(dynfuse)\s*:([^>]*)>", re.I)
+# What is left of one without its colon, or without one of its brackets.
+_BROKEN = re.compile(r"<\s*dynfuse\b[^<>]*>?|\bdynfuse\s*:[^<>\n]*>", re.I)
 _ANY = re.compile(r"<\s*([\w \t-]{4,14}?)\s*[:;]([^<>]*)>")
 # "dynfuze", "dynfus", "dyn fuse"; not "dynamic".
 _ALIKE = 0.75
@@ -128,7 +131,8 @@ def parse_tag(items: Sequence[str]) -> FuseSettings:
 def corrected(prompt: str) -> str:
     """The prompt with every tag of ours as the WebUIs read it: "< DynFuse : a:b>" is "<dynfuse: a:b>".
 
-    Raises SettingsError for one that is empty, or whose name is misspelt: to the WebUI these are text, or unknown tags that it cuts out.
+    Raises SettingsError for one that is empty or not whole, or whose name is misspelt: to the WebUI these are text, or unknown tags that it
+    cuts out.
     """
 
     def tidy(found: re.Match[str]) -> str:
@@ -142,6 +146,8 @@ def corrected(prompt: str) -> str:
         word = re.sub(r"[\s_-]", "", found[1]).lower()
         if not found[0].startswith("<dynfuse:") and difflib.SequenceMatcher(None, word, "dynfuse").ratio() > _ALIKE:
             raise SettingsError(f"{found[0]} is no tag that is known; {SYNTAX} was meant, perhaps")
+    if broken := _BROKEN.search(_TAG.sub("", prompt)):
+        raise SettingsError(f"{printable(broken[0], 60)} is no whole tag; write {SYNTAX}")
     return prompt
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from ..fusion.rules import RULES
 from ..hosts.webui.host import WebUIHost
 from ..hosts.webui.passes import Recipe
-from ..settings import LORA_FIELDS, METHODS, PRESETS, SettingsError, default_value, field_metadata, field_types, split_names
+from ..settings import LORA_FIELDS, PRESETS, SettingsError, default_value, field_metadata, field_types, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
 from . import gallery, inspector, own_presets, pictures, saving
@@ -182,8 +183,11 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 add(name)
             with gr.Column(elem_classes=["dynfuse-presets"], scale=0, min_width=120):
                 presets = {name: gr.Button(f"Preset: {name}", elem_id=element(f"preset_{name}"), size="sm") for name in PRESETS}
-        explained = gr.HTML(value=_explained(default_value("method")), elem_id=element("method_text"), elem_classes=["dynfuse-kept"])
-        _quietly(fields["method"].change, _explained, inputs=[fields["method"]], outputs=[explained])
+        chosen_so = [fields[name] for name in TOP_ROW]
+        said = _explained(*map(default_value, TOP_ROW))
+        explained = gr.HTML(value=said, elem_id=element("method_text"), elem_classes=["dynfuse-kept"])
+        for control in chosen_so:
+            _quietly(control.change, _explained, inputs=chosen_so, outputs=[explained])
         own = own_presets.build(element, host)
         with gr.Accordion("Advanced", open=False, elem_id=element("advanced"), elem_classes=["dynfuse-advanced"]):
             for row in (*ADVANCED_ROWS, *_unplaced()):
@@ -233,11 +237,16 @@ def build(tab: str, host: WebUIHost) -> Panel:
     return Panel(enabled, {name: fields[name] for name in field_types()}, texts, result, below, references)
 
 
-def _explained(method: str | None) -> str:
-    """What the chosen method does, in a line."""
-    summary = METHODS.get(method or "")
+def _explained(method: str | None, contrast: float | None) -> str:
+    """What the chosen method and contrast do, in a line."""
+    rule = RULES.get(method or "")
+    if rule is None:
+        return ""
     recommended = ", recommended" if method == default_value("method") else ""
-    return f"<p><b>{html.escape(method or '')}</b>{recommended}: {html.escape(summary)}.</p>" if summary else ""
+    own = contrast is None or contrast < 0
+    strength = rule.contrast if own else contrast
+    told = f"contrast {strength:g}{', as the method has it' if own else ''}" if strength else "no contrast"
+    return f"<p><b>{html.escape(rule.name)}</b>{recommended}: {html.escape(rule.summary)}; {told}.</p>"
 
 
 def _sided(names: Iterable[str]) -> list[str]:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 EXTRA_NETWORK = "dynfuse"
 
 _IN_THE_NEGATIVE_PROMPT = "the tag <dynfuse:...> stands in the negative prompt, where it does nothing; it belongs into the prompt"
+_NEGATIVE_PROMPTS = ("all_negative_prompts", "all_hr_negative_prompts")
 _MIXED = (
     "the pictures of one batch ask for different fusions, and the WebUI reads the tags of the first for all; set the batch size to 1 and "
     "the batch count higher"
@@ -103,7 +104,8 @@ class DynFuseScript(scripts.Script):
             for name in ("all_prompts", "all_hr_prompts"):
                 if getattr(p, name, None):
                     setattr(p, name, [_corrected(prompt) for prompt in getattr(p, name)])
-            if p.all_prompts and any(tag.find_tags(_corrected(text)) for text in getattr(p, "all_negative_prompts", None) or []):
+            negative = [text for name in _NEGATIVE_PROMPTS for text in getattr(p, name, None) or []]
+            if p.all_prompts and any(tag.find_tags(_corrected(text)) for text in negative):
                 p.all_prompts[0] = tag.format_error(_IN_THE_NEGATIVE_PROMPT) + p.all_prompts[0]
             if wanted := axes.asked(p):
                 for name in ("all_prompts", "all_hr_prompts"):

@@ -82,7 +82,7 @@ def test_switched_off_asks_for_nothing(arguments, read_arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([True, {**PAIR, "colour": 1, "weight": 2}], ["unknown setting 'colour', 'weight'", "known are subject, style"]),
+        ([True, {**PAIR, "colour": 1, "weight": 2}], ["unknown setting 'colour', 'weight'", "did you mean"]),
         ([True, {**PAIR, "subject_weight": "half"}], ["subject_weight must be a number or points such as 0@0,1@0.3,0.6@1, not 'half'"]),
         ([True, {**PAIR, "subject_weight": True}], ["subject_weight must be a number or points", "not True"]),
         ([True, {**PAIR, "subject_weight": None}], ["subject_weight must be a number or points", "not None"]),

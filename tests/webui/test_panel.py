@@ -189,6 +189,16 @@ def test_the_buttons_of_the_presets_set_the_controls_they_are_wired_to(webui, ho
     assert not set(set_to) & {"subject", "style", "subject_weight", "style_weight", "subject_prompt", "reference_seed", "hr"}
 
 
+def test_the_method_is_explained_with_the_contrast_that_it_has():
+    explained = panel._explained
+    assert "balanced</b>, recommended: all LoRAs added" in explained("balanced", -1)
+    assert "contrast 1, as the method has it." in explained("balanced", -0.4)
+    assert "contrast 2.5." in explained("direct", 2.5)
+    assert "no contrast." in explained("dynfuse", -1)
+    assert "no contrast." in explained("balanced", 0)
+    assert explained(None, None) == explained("gone", 1) == ""
+
+
 @pytest.mark.parametrize(("hires", "exchanged"), [("", ""), ("0.7", "/0.7"), ("0.7/1", "1/0.7"), ("/0.4", "0.4")])
 def test_the_swap_button_makes_the_subject_the_style(webui, host, hires, exchanged):
     with gr.Blocks() as demo:

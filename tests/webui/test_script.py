@@ -110,6 +110,11 @@ def test_a_tag_in_any_case_and_with_spaces_is_one(script, text):
         ("a dog <dynfuze:fox:ink>", "is no tag that is known"),
         ("a dog <dyn fuse:fox:ink>", "is no tag that is known"),
         ("a dog <dynfuse;fox:ink>", "is no tag that is known"),
+        ("a dog <dynfuse:fox:ink", "<dynfuse:fox:ink is no whole tag"),
+        ("a dog dynfuse:fox:ink> on grass", "dynfuse:fox:ink> is no whole tag"),
+        ("a dog <dynfuse fox ink>", "is no whole tag"),
+        ("a dog <dynfuse>", "is no whole tag"),
+        ("a dog <DynFuse=fox:ink>", "is no whole tag"),
     ],
 )
 def test_a_tag_that_is_none_stops_the_picture(script, prompt, words):
@@ -126,8 +131,9 @@ def test_other_peoples_tags_are_left_alone(script, prompt):
     assert job.all_prompts == [prompt]
 
 
-def test_a_tag_in_the_negative_prompt_is_named(script):
-    job = Job("a dog", all_negative_prompts=["bad <dynfuse:fox:ink>"])
+@pytest.mark.parametrize("which", ["all_negative_prompts", "all_hr_negative_prompts"])
+def test_a_tag_in_the_negative_prompt_is_named(script, which):
+    job = Job("a dog", **{which: ["bad <dynfuse:fox:ink>"]})
     with pytest.raises(SettingsError, match="stands in the negative prompt"):
         request(job.run_batch(script, *OFF))
 
@@ -172,6 +178,7 @@ def test_the_infotext_gets_settings_and_hashes(script):
         "DynFuse": "True",
         "DynFuse subject": "dog",
         "DynFuse style": "watercolor",
+        "DynFuse method": "balanced",
         "DynFuse te weight": "0.5",
         "DynFuse LoRA hashes": "dog: aa11, watercolor: bb22",
     }

@@ -141,7 +141,7 @@ class FusionPass:
 
         self.denoising = True
         try:
-            with self._hook:
+            with self._hook, _in_a_sentence():
                 self._attach(cfg_denoiser, cond, self._begin)
                 if self.guidance is None:
                     result = call(*args, **kwargs)
@@ -247,6 +247,15 @@ class FusionPass:
             return session
         self.release()
         return FusionSession(model, request.subjects, request.styles, request.settings, weight_of=denoisers.weight_of)
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """What cannot be fused reaches the user as every other refusal does."""
+    try:
+        yield
+    except FusionError as reason:
+        raise RuntimeError(f"DynFuse: {reason}") from None
 
 
 def _decided(session: FusionSession, calls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
