@@ -106,6 +106,7 @@ class Maker:
         from lib_dynfuse.hosts.diffusers import FusedPipeline, GuidanceSources
 
         settings = FuseSettings(
+            method="dynfuse",
             guidance=True,
             gradient=gradient,
             m=m or _NOTHING,

@@ -64,7 +64,7 @@ def test_two_files_for_one_base_model_go_together(dog, tmp_path):
     ink_norm = (lambda down, up: (up.double() @ down.double()).norm().item())(*pair(640, 768))
     assert loudness == (
         f"dog.safetensors is {dog_norm / ink_norm:.1f} times as loud as ink.safetensors ({dog_norm:.3g} and {ink_norm:.3g}); the method "
-        "balanced evens that out."
+        "balanced evens out what is beyond twice."
     )
 
 

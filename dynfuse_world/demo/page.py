@@ -19,7 +19,7 @@ from .pictures import Judged, Show
 
 METHODS = {
     "direct": ("Direct", "both LoRAs added up everywhere, as two ordinary LoRA tags do"),
-    "default": ("Default", "both added up, each as loud as the other, and moved away from the picture without them"),
+    "default": ("Default", "both added up, neither more than twice as loud, and moved away from the picture without them"),
     "selection": (
         "Selection",
         "each layer uses the LoRA that changes its features more, chosen anew at every step: the paper's first half",

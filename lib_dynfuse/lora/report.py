@@ -19,6 +19,7 @@ _NAMED = 3  # keys and embeddings that are named; the rest is counted
 _TAGS = 8
 _TEXT = 200
 _EVEN = 1.25  # times as loud: less is not worth a word
+_EVENED = "; the method balanced evens out what is beyond twice"
 _LONGEST = 2_000_000  # of a text that is taken apart
 
 # Metadata that says what a file is and how it is called up; trainers write dozens of other entries.
@@ -77,9 +78,7 @@ def describe_pair(a: LoraFile, b: LoraFile) -> list[str]:
         if strong[0] < _EVEN * quiet[0]:
             lines.append(f"They are about equally loud ({told}).")
         else:
-            lines.append(
-                f"{strong[1]} is {strong[0] / quiet[0]:.1f} times as loud as {quiet[1]} ({told}); the method balanced evens that out."
-            )
+            lines.append(f"{strong[1]} is {strong[0] / quiet[0]:.1f} times as loud as {quiet[1]} ({told}){_EVENED if times > 2 else ''}.")
     shared = overlap(first, second)
     if shared is not None and shared[0] > 0.5 > 2 * shared[1]:
         lines.append(
