@@ -78,7 +78,9 @@ def describe_pair(a: LoraFile, b: LoraFile) -> list[str]:
         if strong[0] < _EVEN * quiet[0]:
             lines.append(f"They are about equally loud ({told}).")
         else:
-            lines.append(f"{strong[1]} is {strong[0] / quiet[0]:.1f} times as loud as {quiet[1]} ({told}){_EVENED if times > 2 else ''}.")
+            times = strong[0] / quiet[0]
+            evened = _EVENED if times > 2 else ""
+            lines.append(f"{strong[1]} is {times:.1f} times as loud as {quiet[1]} ({told}){evened}.")
     shared = overlap(first, second)
     if shared is not None and shared[0] > 0.5 > 2 * shared[1]:
         lines.append(
