@@ -57,7 +57,7 @@ class Recipe:
     module_dropout: float = 0.0
 
 
-SUBJECT = Recipe(steps=800, rate=1e-3, prior=4)
+SUBJECT = Recipe(steps=600, prior=4)
 STYLE = Recipe(rate=1e-3, prior=4, moved=True, power=0.5)
 """Colours and patterns are decided at the noisiest times. A style that learned places would bring its own objects' shapes along."""
 
