@@ -220,7 +220,7 @@ def _add_pairs(add: Callable[..., Any]) -> None:
 
 def _add_preset(group: Any) -> None:
     group.add_argument(f"--{PRESET}", choices=tuple(PRESETS), help="many settings at once, which those given by name change; best: "
-        "a stronger contrast, twice as slow; paper: those of the paper's experiments, with guidance: much slower")  # fmt: skip
+        "a stronger contrast, half as long again; paper: those of the paper's experiments, with guidance: much slower")  # fmt: skip
 
 
 def _add_guidance_files(group: Any) -> None:

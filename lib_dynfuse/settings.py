@@ -589,7 +589,7 @@ _DEFAULT = {name: FuseSettings.__dataclass_fields__[name].default for name in _P
 
 PRESETS: dict[str, Mapping[str, Any]] = {
     "default": _DEFAULT,
-    "best": {**_DEFAULT, "contrast": 1.0, "subject_contrast": 0.5, "contrast_every": 1},
+    "best": {**_DEFAULT, "contrast": 2.0, "contrast_every": 1},
     "paper": _PAPER,
 }
 """Values of the same fields each, so that one takes back what another set."""
