@@ -106,7 +106,7 @@ class Maker:
         from lib_dynfuse.hosts.diffusers import FusedPipeline, GuidanceSources
 
         settings = FuseSettings(
-            method="dynfuse",
+            method="direct",
             guidance=True,
             gradient=gradient,
             m=m or _NOTHING,

@@ -136,7 +136,7 @@ def test_the_selection_is_the_papers_formula_written_out(pipeline):
     assert_same_pictures(made.images, expected)
     subject, style = torch.stack([torch.stack(divergences[site.layer]) for site in made.trace.sites], 1).unbind(2)  # (steps, sites, images)
     chosen = subject >= style
-    assert 0.2 < chosen.double().mean() < 0.8
+    assert 0.05 < chosen.double().mean() < 0.95  # both have their say
     # float32 and float64 may decide otherwise between equals, some of which are next to nothing, and nowhere else.
     close = (subject - style).abs() < 0.01 * torch.maximum(subject, style) + 1e-9
     assert torch.equal(made.trace.winners | close, chosen | close)
