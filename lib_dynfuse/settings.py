@@ -459,6 +459,15 @@ class FuseSettings:
         "For the method dare: which weights are kept by chance.",
         minimum=0,
     )
+    tilt: float = setting(
+        0.0,
+        "More subject (-1) or more style (1)",
+        "One slider between the two sides, for every method. 0: the weights as they are. Towards -1 the style's weights fall to nothing, "
+        "towards 1 the subject's; the other side keeps its own. Methods that choose by something else than the weights follow it too.",
+        minimum=-1.0,
+        maximum=1.0,
+        slider=(-1.0, 1.0, 0.05),
+    )
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
@@ -469,7 +478,7 @@ class FuseSettings:
             begin, end = format_value(self.contrast_start), format_value(self.contrast_end)
             raise SettingsError(f"contrast_start ({begin}) must not be after contrast_end ({end})")
         for side in LORA_FIELDS:
-            self._schedules(side)
+            self.given_schedules(side)
             self._block_texts(side)
         try:
             self.for_hires()
@@ -488,13 +497,23 @@ class FuseSettings:
 
     @property
     def subject_schedules(self) -> tuple[Schedule, ...]:
-        """The weight of each of the subject's LoRAs; of as many as are written where none has a name."""
-        return self._schedules("subject")
+        """The weight of each of the subject's LoRAs, with the tilt; of as many as are written where none has a name."""
+        return tuple(schedule.times(self.tilted(subject=True)) for schedule in self.given_schedules("subject"))
 
     @property
     def style_schedules(self) -> tuple[Schedule, ...]:
-        """The weight of each of the style's LoRAs; of as many as are written where none has a name."""
-        return self._schedules("style")
+        """The weight of each of the style's LoRAs, with the tilt; of as many as are written where none has a name."""
+        return tuple(schedule.times(self.tilted(subject=False)) for schedule in self.given_schedules("style"))
+
+    def tilted(self, *, subject: bool) -> float:
+        """What the tilt t multiplies a side by: min(1, 1 - t) for the subject, min(1, 1 + t) for the style."""
+        return min(1.0, 1.0 - self.tilt if subject else 1.0 + self.tilt)
+
+    @property
+    def guidance_weights(self) -> tuple[float, float, float]:
+        """Of the similarities, with the tilt: content_weight, style_clip_weight, style_dino_weight."""
+        subject, style = self.tilted(subject=True), self.tilted(subject=False)
+        return subject * self.content_weight, style * self.style_clip_weight, style * self.style_dino_weight
 
     @property
     def subject_block_texts(self) -> tuple[BlockText, ...]:
@@ -512,7 +531,8 @@ class FuseSettings:
         given = {f"{side}_weight": text for side, text in weights if text}
         return dataclasses.replace(self, **given, hr="") if given else self  # type: ignore[arg-type]
 
-    def _schedules(self, side: str) -> tuple[Schedule, ...]:
+    def given_schedules(self, side: str) -> tuple[Schedule, ...]:
+        """The weights of a side's LoRAs as they are written, without the tilt."""
         value = getattr(self, f"{side}_weight")
         schedules = [Schedule.of(text) for text in split_each(value)] if isinstance(value, str) else [Schedule.of(value)]
         return one_each(schedules, len(split_names(getattr(self, side))) or len(schedules), f"{side}_weight")

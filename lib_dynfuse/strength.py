@@ -90,6 +90,10 @@ class Schedule:
         """The weight that is farthest from 0: the references' and the text encoders'."""
         return max((weight for weight, _ in self.points), key=abs)
 
+    def times(self, factor: float) -> Schedule:
+        """All weights multiplied."""
+        return Schedule(tuple((factor * weight, place) for weight, place in self.points)) if factor != 1 else self
+
     def text(self) -> str:
         """The shortest text that parse reads back as the same schedule."""
         if self.constant is not None:

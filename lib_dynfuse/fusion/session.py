@@ -14,6 +14,7 @@ Hosts keep the session for a pass and attach it around each model call instead:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -256,7 +257,11 @@ class FusionSession:
                 with self._alone((member,), self._state.rows):
                     predictions.append(call(None))
             self._state.hold_given(predictions[0].device)
-            return torch.stack(predictions).mean(0)
+            assert self._state.weights is not None
+            weights = self._state.weights[0, 0, heard]
+            stacked = torch.stack(predictions)
+            parts = (weights / weights.sum()).view(-1, *[1] * predictions[0].dim())
+            return (stacked.float() * parts.to(stacked.device)).sum(0).to(stacked.dtype)
 
     @contextmanager
     def _alone(self, members: tuple[int, ...], rows: Rows | None) -> Iterator[None]:
@@ -369,6 +374,11 @@ def _find_layers(
 ) -> list[PatchedLayer]:
     settings = state.settings
     members = members_of(files, subjects)
+    schedules = (
+        *one_each(settings.given_schedules("subject"), subjects, "subject_weight"),
+        *one_each(settings.given_schedules("style"), len(files) - subjects, "style_weight"),
+    )
+    given = [schedule.full for schedule in schedules]
     aliases = denoiser_aliases({name: _shape_of(module) for name, module in modules.items()})
     branches: list[dict[Site, SiteBranch]] = []
     norms: list[dict[str, NormShift]] = []
@@ -377,11 +387,13 @@ def _find_layers(
         branches.append(found)
         norms.append(norms_by_layer(file, aliases))
         report.unmatched[file.name] = unmatched
+    holders = Counter(site for found in branches for site in found)
     if not state.rule.measures:
         # A LoRA at strength 0 adds nothing and need not be computed: a reference of the guidance is one LoRA alone. Where divergences are
-        # compared it counts: the others win every layer against it.
-        branches = [found if schedule.full else {} for found, schedule in zip(branches, state.schedules)]
-        norms = [found if schedule.full else {} for found, schedule in zip(norms, state.schedules)]
+        # compared it counts: the others win every layer against it. So does one that only the tilt silences: the ends of that slider are
+        # where its course leads, also for what a method makes of both.
+        branches = [found if weight else {} for found, weight in zip(branches, given)]
+        norms = [found if weight else {} for found, weight in zip(norms, given)]
     factors = factors_by_block(settings, files, subjects, modules)
     constants = [1.0 if schedule.constant is None else schedule.constant for schedule in state.schedules]
     order = {name: position for position, name in enumerate(modules)}
@@ -391,9 +403,9 @@ def _find_layers(
     for site in touched:
         owners = [member for member, found in enumerate(branches) if site in found]
         if not state.rule.measures:
-            owners = [member for member in owners if constants[member] * factors[member](site)]
+            owners = [member for member in owners if given[member] * factors[member](site)]
         one_sided = len(owners) == 1
-        if (settings.scope == "attention" and not is_attention(site)) or (one_sided and settings.one_sided == "skip"):
+        if (settings.scope == "attention" and not is_attention(site)) or (holders[site] == 1 and settings.one_sided == "skip"):
             report.skipped.append(layer_label(site))
             continue
         if not owners:

@@ -48,8 +48,7 @@ class GuidanceRecord:
 
 def wants_guidance(settings: FuseSettings) -> bool:
     """Whether these settings would ever move anything."""
-    weights = (settings.content_weight, settings.style_clip_weight, settings.style_dino_weight)
-    return settings.guidance and settings.m > 0 and any(weights)
+    return settings.guidance and settings.m > 0 and any(settings.guidance_weights)
 
 
 class Guide:
@@ -67,7 +66,7 @@ class Guide:
         self.encoders = encoders
         self.schedule = schedule
         self.gradient = settings.gradient
-        self.weights = (settings.content_weight, settings.style_clip_weight, settings.style_dino_weight)
+        self.weights = settings.guidance_weights
         self.wanted = (self.weights[0] > 0, self.weights[1] > 0, self.weights[2] > 0)
         self._decoders = list(decoders)
         self._targets = _normal(targets)

@@ -271,8 +271,9 @@ class ReferenceCache:
 
 def sides_needed(settings: FuseSettings) -> tuple[str, ...]:
     """The references that count: "subject", "style"."""
-    subject = ("subject",) if settings.content_weight else ()
-    style = ("style",) if settings.style_clip_weight or settings.style_dino_weight else ()
+    content, *of_style = settings.guidance_weights
+    subject = ("subject",) if content else ()
+    style = ("style",) if any(of_style) else ()
     return (*subject, *style)
 
 

@@ -28,7 +28,7 @@ def alone(settings: FuseSettings, side: str) -> FuseSettings:
 def compared(settings: FuseSettings) -> FuseSettings:
     """For the two pictures that a method compares: of the job's own prompt, whatever references a guidance has."""
     weights: dict[str, Any] = dict.fromkeys(("content_weight", "style_clip_weight", "style_dino_weight"), 1.0)
-    return replace(settings, subject_prompt="", style_prompt="", subject_image="", style_image="", **weights)
+    return replace(settings, subject_prompt="", style_prompt="", subject_image="", style_image="", tilt=0.0, **weights)
 
 
 def similarity(references: Sequence[Reference]) -> float:
@@ -39,7 +39,7 @@ def similarity(references: Sequence[Reference]) -> float:
 
 def full_weight(settings: FuseSettings, side: str) -> float | str:
     """A side's weight without its course over the steps: that of each of its LoRAs where it is farthest from 0."""
-    weights = [schedule.full for schedule in getattr(settings, f"{side}_schedules")]
+    weights = [schedule.full for schedule in settings.given_schedules(side)]
     return weights[0] if len(set(weights)) == 1 else "+".join(map(number_text, weights))
 
 

@@ -36,6 +36,7 @@ PRESET_TOOLTIPS = {
     "several times as long, and much memory.",
 }
 SWAP_TOOLTIP = "Exchange subject and style: LoRAs, weights, blocks, prompts, pictures and all else that each side has of its own."
+BETWEEN = "tilt"
 TOP_ROW = ("method", "contrast")
 ADVANCED_ROWS = (
     ("criterion",),
@@ -72,7 +73,7 @@ WEIGHT_TEXT_TOOLTIP = (
 def _unplaced() -> list[tuple[str, ...]]:
     """Rows of the settings that no table above has a place for: none is without a control."""
     sides = (*LORA_FIELDS, *(f"{side}_{part}" for side in LORA_FIELDS for part in ("weight", "prompt", "image")), "reference_seed")
-    placed = {*sides, *TOP_ROW, *(name for row in (*ADVANCED_ROWS, *GUIDANCE_ROWS) for name in row)}
+    placed = {*sides, BETWEEN, *TOP_ROW, *(name for row in (*ADVANCED_ROWS, *GUIDANCE_ROWS) for name in row)}
     left = [name for name in field_types() if name not in placed]
     return [tuple(left[start : start + 3]) for start in range(0, len(left), 3)]
 
@@ -177,6 +178,8 @@ def build(tab: str, host: WebUIHost) -> Panel:
                 create_refresh_button([fields[name] for name in LORA_FIELDS], host.catalogue.refresh, choices, element("refresh"))
                 swap = gr.Button("\u21c4", elem_id=element("swap"), elem_classes=["tool"], min_width=40)
                 swap.webui_tooltip = SWAP_TOOLTIP
+        with gr.Row(elem_classes=["dynfuse-row", "dynfuse-tilt"]):
+            add(BETWEEN)
         chosen = gr.HTML(value="", elem_id=element("chosen"))
         with gr.Row(elem_classes=["dynfuse-row"]):
             for name in TOP_ROW:

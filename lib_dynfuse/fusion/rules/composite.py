@@ -10,14 +10,16 @@ from .rule import Rule, Votes
 
 
 class Composite(Rule):
+    """w_b = f_b / sum f_b with the factors f_b of the tilt: 1 / B without."""
+
     name = "composite"
     summary = "each LoRA predicts the picture alone, and the predictions are averaged; as many predictions as LoRAs (LoRA Composite)"
     constant = True
     composes = True
 
     def weights(self, step: Step, votes: Votes | None) -> Tensor:
-        sites, members = self.places.present.shape
-        return torch.full((sites, 1, members), 1.0 / members, device=self.device)
+        factors = torch.tensor(self.places.tilts, device=self.device)
+        return (factors / factors.sum()).expand(len(self.places.sites), 1, -1).contiguous()
 
 
 __all__ = ["Composite"]

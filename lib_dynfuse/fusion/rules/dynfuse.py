@@ -10,7 +10,8 @@ from .rule import Rule, Votes
 
 
 class DynFuse(Rule):
-    """One-hot at the largest of f_b D_b; f_b is the bias for a style and 1 for a subject, times gamma_b where both are balanced.
+    """One-hot at the largest of f_b D_b; f_b is the bias for a style and 1 for a subject, times gamma_b, and what a
+    tilt multiplies the strength by, where both are balanced.
 
     A tie goes to the LoRA named first, subjects before styles. So does a choice in which a divergence is not finite: to the first
     LoRA that changes the site. The paper's D_c >= D_s says nothing of either.
@@ -23,6 +24,7 @@ class DynFuse(Rule):
 
     _gamma: Tensor | None = None
     _biases: Tensor | None = None
+    _factors: Tensor | None = None
 
     def weights(self, step: Step, votes: Votes | None) -> Tensor:
         assert votes is not None
@@ -34,14 +36,23 @@ class DynFuse(Rule):
                 self._biases = torch.tensor(factors, device=scores.device)
             scores = scores * self._biases
         if self._gamma is not None:
-            scores = scores * self._gamma
+            scores = scores * self._gamma  # which takes back what the tilt did to the strengths
+            if settings.tilt:
+                scores = scores * self._tilts(scores.device)
         # Not finite: above every number at the first LoRA's place, so that argmax, which takes the first of equals, finds it.
         scores = scores.nan_to_num(torch.inf, torch.inf, torch.inf)
         if votes.present is not None:
             scores = scores.masked_fill(~votes.present, -torch.inf)
+        if abs(settings.tilt) == 1.0:  # a side that is not there wins nothing, whatever the criterion makes of no change
+            scores = scores.masked_fill(self._tilts(scores.device) == 0, -torch.inf)
         broken = scores.isposinf().any(-1, keepdim=True)
         best = scores.masked_fill(broken & scores.isfinite(), torch.inf).argmax(-1, keepdim=True)
         return torch.zeros_like(scores).scatter_(-1, best, 1.0)
+
+    def _tilts(self, device: torch.device) -> Tensor:
+        if self._factors is None or self._factors.device != device:
+            self._factors = torch.tensor(self.places.tilts, device=device)
+        return self._factors
 
     def observe(self, step: Step, votes: Votes) -> None:
         if self.places.settings.balance == "gamma" and self._gamma is None:

@@ -24,7 +24,7 @@ class NpLora(Direct):
     """y = y0 + sum of the styles' d + sum of the subjects' dW (I - mu / (1 + mu) Q Q^T) h.
 
     Q: an orthonormal basis of the row space of all the styles' dW at the site, of kernels flattened; with thin factors that of their
-    down matrices (a thin QR of A_s^T). mu = 0.5.
+    down matrices (a thin QR of A_s^T). mu = 0.5, times the styles' factor of a tilt.
     """
 
     name = "np-lora"
@@ -38,7 +38,8 @@ class NpLora(Direct):
         if not styles:
             return changes
         basis = row_space(torch.cat(styles))
-        share = MU / (1 + MU)
+        mu = MU * self.places.settings.tilted(subject=False)
+        share = mu / (1 + mu)
         return [_projected(change, basis, share) if member.subject else change for change, member in zip(changes, members)]
 
 

@@ -17,7 +17,8 @@ class OneOfTwo(Rule):
     """The subject where S_c >= gamma S_s scale(tau), else the style.
 
     S: of a site, gamma: the ratio of sums over the sites that both change, see sizes. tau: step / steps, in [0, 1). A site that one LoRA
-    changes gets that one. S does not change from step to step, so that a site turns only where the scale passes its ratio.
+    changes gets that one. A tilt multiplies the sizes. S does not change from step to step, so that a site turns only where the scale passes
+    its ratio.
     """
 
     selects = True
@@ -55,7 +56,8 @@ class OneOfTwo(Rule):
             own, summed = self.sizes(*(self.places.change(site, member) for member in range(2)))
             size[site] = own
             total += summed
-        ratio = size[:, 0] / (total[0] / total[1] * size[:, 1])
+        subject, style = self.places.tilts
+        ratio = subject * size[:, 0] / (style * total[0] / total[1] * size[:, 1])
         alone = torch.where(present[:, 0], torch.inf, -torch.inf).to(self.device)
         return torch.where(present.all(1).to(self.device), ratio.nan_to_num(torch.inf), alone)
 

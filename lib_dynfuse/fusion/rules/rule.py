@@ -39,6 +39,11 @@ class Places:
     settings: FuseSettings
     change: Callable[[int, int], LowRank | Dense]
 
+    @property
+    def tilts(self) -> tuple[float, ...]:
+        """What the setting tilt multiplies each LoRA by. It is in the strengths; a rule that goes by something else multiplies that."""
+        return tuple(self.settings.tilted(subject=member.subject) for member in self.members)
+
 
 @dataclass(frozen=True)
 class Votes:
