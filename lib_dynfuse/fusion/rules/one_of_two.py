@@ -17,8 +17,8 @@ class OneOfTwo(Rule):
     """The subject where S_c >= gamma S_s scale(tau), else the style.
 
     S: of a site, gamma: the ratio of sums over the sites that both change, see sizes. tau: step / steps, in [0, 1). A site that one LoRA
-    changes gets that one. A tilt multiplies the sizes. S does not change from step to step, so that a site turns only where the scale passes
-    its ratio.
+    changes gets that one. A tilt multiplies the sizes. S does not change from step to step, so that a site turns only where the scale
+    passes its ratio.
     """
 
     selects = True
