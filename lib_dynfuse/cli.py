@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_dynfuse generate | merge | demo | inspect | cache | bench | toy`.
+"""The command line: `python -m lib_dynfuse generate | merge | demo | inspect | study | cache | bench | toy`.
 
 A mistake of the user or a file that cannot be used: one sentence on standard error, exit code 2.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import re
 import sys
 import time
@@ -18,6 +17,9 @@ from typing import Any, NoReturn
 import torch
 from PIL import Image, ImageOps
 
+from .arguments import number, whole
+from .evaluate.folder import EvaluationError
+from .evaluate.study import command as study_command
 from .fusion import FusionError
 from .fusion.merging import GUIDANCE_FIELDS
 from .guidance.references import ReferenceCache
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except torch.cuda.OutOfMemoryError:
         return _refused("The GPU's memory is too small for this: try a smaller --size, a smaller --batch-size or --dtype float16.")
-    except (LoraError, SettingsError, FusionError, EncoderError) as error:
+    except (LoraError, SettingsError, FusionError, EncoderError, EvaluationError) as error:
         return _refused(str(error))
     except OSError as error:
         return _refused(f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.")
@@ -129,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("files", nargs="+", metavar="FILE", help="LoRA file")
     inspect.set_defaults(run=_inspect)
 
+    study = commands.add_parser(
+        "study", help="ask people which picture is better, on a page of this machine or in a file", allow_abbrev=False
+    )
+    study_command.add_arguments(study)
+    study.set_defaults(run=study_command.run)
+
     cache = commands.add_parser("cache", help="the reference pictures that are kept; --clear removes them")
     cache.add_argument("--clear", action="store_true", help="remove all of them")
     _add_cache(cache)
@@ -160,18 +168,18 @@ def _add_generate(commands: Any) -> None:
     add("--negative-prompt", default="", metavar="P", help="what to avoid")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the images; it is made if it is missing")
     _add_pairs(add)
-    add("--steps", type=_whole(1), default=30, metavar="N", help="denoising steps (default: 30)")
-    add("--cfg", type=_number, metavar="X", help="CFG scale; for Flux the distilled guidance (default: the pipeline's own)")
+    add("--steps", type=whole(1), default=30, metavar="N", help="denoising steps (default: 30)")
+    add("--cfg", type=number, metavar="X", help="CFG scale; for Flux the distilled guidance (default: the pipeline's own)")
     add("--size", type=_size, metavar="WxH", help="width and height in pixels, such as 768x512 (default: the model's own)")
-    add("--seed", type=_whole(-1), default=-1, metavar="N", help="seed of the first image, the next have the next; -1: random "
+    add("--seed", type=whole(-1), default=-1, metavar="N", help="seed of the first image, the next have the next; -1: random "
         "(default)")  # fmt: skip
-    add("--images", type=_whole(1), default=1, metavar="N", help="number of images (default: 1)")
-    add("--batch-size", type=_whole(1), default=1, metavar="N", help="images made at once; takes more memory (default: 1)")
+    add("--images", type=whole(1), default=1, metavar="N", help="number of images (default: 1)")
+    add("--batch-size", type=whole(1), default=1, metavar="N", help="images made at once; takes more memory (default: 1)")
     add("--device", metavar="D", help="cuda, mps or cpu (default: the first of these that is there)")
     add("--dtype", choices=tuple(DTYPES), help="numbers to compute with (default: float32 on a CPU, bfloat16 for Flux, else float16)")
     add("--save-lora", type=Path, metavar="FILE", help="after the pictures, also write the LoRAs as one file that every program reads, "
         "each weighted in each layer as it was on average over the steps and pictures")  # fmt: skip
-    add("--rank", type=_whole(1), metavar="N", help="with --save-lora: at most this rank in a layer; says what is lost (default: exact)")
+    add("--rank", type=whole(1), metavar="N", help="with --save-lora: at most this rank in a layer; says what is lost (default: exact)")
 
     fusion = generate.add_argument_group("fusion and guidance")
     _add_preset(fusion)
@@ -197,11 +205,11 @@ def _add_merge(commands: Any) -> None:
     add("--subject", type=Path, nargs="+", metavar="A", help="in place of the two files: LoRA files of what is shown")
     add("--style", type=Path, nargs="+", metavar="B", help="and LoRA files of the way it is drawn")
     add("--out", required=True, type=Path, metavar="FILE", help="file to write, ending in .safetensors")
-    add("--rank", type=_whole(1), metavar="N", help="at most this rank in a layer, by singular values; says what is lost (default: exact)")
+    add("--rank", type=whole(1), metavar="N", help="at most this rank in a layer, by singular values; says what is lost (default: exact)")
     add("--dtype", choices=tuple(DTYPES), default="float16", help="numbers in the file (default: float16)")
     fusion = merge.add_argument_group("fusion")
     _add_pairs(fusion.add_argument)
-    fusion.add_argument("--steps", type=_whole(1), default=30, metavar="N", help="weights that vary over the steps are averaged over this "
+    fusion.add_argument("--steps", type=whole(1), default=30, metavar="N", help="weights that vary over the steps are averaged over this "
         "many (default: 30)")  # fmt: skip
     _add_preset(fusion)
     for name in field_types():
@@ -410,29 +418,6 @@ def _inspect(options: argparse.Namespace) -> int:
     from .inspection import inspect_files
 
     return inspect_files(options.files, sys.stdout, sys.stderr)
-
-
-def _whole(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
-        return value
-
-    return parse
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
-    return value
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -36,11 +36,13 @@ def test_every_folder_with_code_is_a_package_that_is_installed():
     assert found == {folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders}
 
 
-def test_every_file_of_the_miniature_world_is_installed():
-    patterns = re.findall(r'"([^"]+)"', re.search(r"^dynfuse_world = \[(.*)\]", PROJECT, re.M)[1])
-    world = ROOT / "dynfuse_world"
-    packed = {path for pattern in patterns for path in world.glob(pattern) if path.is_file()}
-    wanted = {path for path in world.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")}
+@pytest.mark.parametrize("name", ["lib_dynfuse", "dynfuse_world"])
+def test_every_file_that_is_no_code_is_installed(name):
+    patterns = re.findall(r'"([^"]+)"', re.search(rf"^{name} = \[(.*)\]", PROJECT, re.M)[1])
+    package = ROOT / name
+    packed = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
+    wanted = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")}
+    assert wanted
     assert wanted <= packed
 
 
