@@ -149,7 +149,7 @@ class CFGDenoiser(nn.Module):
         images = len(repeats)
         tensor = torch.stack([part for parts in cond.batch for part in parts])
         uncond = torch.stack(uncond)
-        skip = getattr(self.p, "skip_uncond", False)
+        skip = (self.step % 2 or self.webui.shared.opts.s_min_uncond_all) and s_min_uncond > 0 and sigma[0] < s_min_uncond
         x_in = torch.cat([x[i : i + 1].expand(n, -1, -1, -1) for i, n in enumerate(repeats)] + ([] if skip else [x]))
         sigma_in = torch.cat([sigma[i : i + 1].expand(n) for i, n in enumerate(repeats)] + ([] if skip else [sigma]))
         together = self.webui.shared.opts.batch_cond_uncond

@@ -255,6 +255,8 @@ def clip_keys(clip):
 class CFGDenoiser(nn.Module):
     """modules/sd_samplers_cfg_denoiser.py."""
 
+    hires_scale = True  # the hires pass has a CFG scale of its own (:188)
+
     def __init__(self, webui, sampler, p):
         super().__init__()
         self.webui, self.sampler, self.p, self.step = webui, sampler, p, 0
@@ -270,6 +272,10 @@ class CFGDenoiser(nn.Module):
         if self.switched(common, x, sigma):
             cond, uncond = (self.sampler.sampler_extra_args[key] for key in ("cond", "uncond"))
         self.p.hook("cfg_denoiser")
+        if self.p.is_hr_pass and self.hires_scale:
+            cond_scale = self.p.hr_cfg
+        if (self.step % 2 or self.webui.shared.opts.s_min_uncond_all) and s_min_uncond > 0 and sigma[0] < s_min_uncond:
+            cond_scale = 1.0
         denoised = self.sampled(types.SimpleNamespace(x=x, sigma=sigma, text_cond=cond, text_uncond=uncond), cond_scale)
         self.sampler.last_latent = denoised
         common.store_latent(denoised)
@@ -278,7 +284,9 @@ class CFGDenoiser(nn.Module):
         return denoised
 
     def sampled(self, params, cond_scale):
-        return self.webui.modules["modules.sd_samplers_cfg_denoiser"].sampling_function(self, params, cond_scale, None)
+        return self.webui.modules["modules.sd_samplers_cfg_denoiser"].sampling_function(
+            self, denoiser_params=params, cond_scale=cond_scale, cond_composition=None
+        )
 
     def switched(self, common, x, sigma):
         return common.apply_refiner(self, x)

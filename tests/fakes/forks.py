@@ -263,6 +263,7 @@ class FakeReForge(FakeNeo):
         self.module("ldm_patched.modules.model_management", current_loaded_models=[])
         self.module("ldm_patched.modules.weight_adapter", LoRAAdapter=LoRAAdapter)
         self.modules["modules.sd_samplers_common"].apply_refiner = self.apply_refiner
+        self.modules["modules.sd_samplers_cfg_denoiser"].sampling_function = sampling_function
         # A1111's functions of the Lora extension, which do nothing here (extensions-builtin/Lora/networks.py:28).
         self.networks.assign_network_names_to_compvis_modules = lambda sd_model: None
         self.networks.network_apply_weights = lambda self: None
@@ -284,7 +285,22 @@ class FakeReForge(FakeNeo):
         self.networks.load_networks(names, strengths, strengths, [None] * len(names))
 
     def denoiser_class(self):
-        return forge.CFGDenoiser
+        return ReForgeDenoiser
+
+
+def sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options, seed):
+    """ldm_patched/modules/samplers.py:413. model: of the fake, the CFGDenoiser."""
+    params = types.SimpleNamespace(x=x, sigma=timestep, text_cond=cond, text_uncond=uncond)
+    return forge.sampling_function(model, params, cond_scale, None)
+
+
+class ReForgeDenoiser(forge.CFGDenoiser):
+    def forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond, **kwargs):
+        return super().forward(x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond)
+
+    def sampled(self, params, cond_scale):
+        function = self.webui.modules["modules.sd_samplers_cfg_denoiser"].sampling_function
+        return function(self, params.x, params.sigma, params.text_uncond, params.text_cond, cond_scale, {}, 0)  # :245
 
 
 class OldPatcher:
@@ -356,6 +372,8 @@ def forge_sample(self, denoiser_params, cond_scale, cond_composition):
 
 
 class ClassicDenoiser(forge.CFGDenoiser):
+    hires_scale = False
+
     def forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond):
         return super().forward(x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond)
 

@@ -81,6 +81,8 @@ class Processing:
     comments: dict[str, int] = field(default_factory=dict)
     is_hr_pass: bool = False
     distilled_cfg_scale: float = 3.5  # Forge only
+    hr_cfg: float = 5.0  # not A1111's, nor Forge Classic's
+    s_min_uncond: float = 0.0
     iteration: int = 0
     number: int = 0  # of the job, from 1
     cached_c: list[Any] = field(default_factory=lambda: [None, None])
@@ -169,7 +171,7 @@ class FakeWebUI:
         self.modules = {}
         shared = self.module(
             "modules.shared",
-            opts=types.SimpleNamespace(lora_functional=False, batch_cond_uncond=True),
+            opts=types.SimpleNamespace(lora_functional=False, batch_cond_uncond=True, s_min_uncond_all=False),
             sd_model=None,
             state=types.SimpleNamespace(
                 **{"interrupted": False, "skipped": False, "job": "", "textinfo": None, "job_count": -1, "job_no": 0},
@@ -356,10 +358,8 @@ class FakeWebUI:
                 if self.state.interrupted:
                     raise InterruptedException
                 sigma = sigmas[step].expand(x.shape[0])
-                extra = sampler.sampler_extra_args
-                denoised = denoiser(
-                    x, sigma, cond=extra["cond"], uncond=extra["uncond"], cond_scale=p.cfg_scale, s_min_uncond=0, image_cond=None
-                )
+                extra = {**sampler.sampler_extra_args, "cond_scale": p.cfg_scale, "s_min_uncond": p.s_min_uncond, "image_cond": None}
+                denoised = denoiser(x, sigma, **extra)
                 x = sample_euler(x, denoised, sigmas[step], sigmas[step + 1])
         except InterruptedException:
             pass

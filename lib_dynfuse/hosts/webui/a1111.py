@@ -85,6 +85,18 @@ class A1111Samplers(Samplers):
             x = x * cfg_denoiser.nmask + cfg_denoiser.init_latent * mask
         return super().denoised(cfg_denoiser, x, s, prediction)
 
+    def cfg_scale(self, cfg_denoiser: Any, sigma: Tensor, scale: float, s_min_uncond: float) -> float:
+        from modules import shared
+
+        # Steps without the negative prompt (sd_samplers_cfg_denoiser.py:218): the prompt's rows are the picture's.
+        early = getattr(shared.opts, "skip_early_cond", 0.0)
+        if early != 0 and cfg_denoiser.step / cfg_denoiser.total_steps <= early:
+            return 1.0
+        every = getattr(shared.opts, "s_min_uncond_all", False)
+        if (cfg_denoiser.step % 2 or every) and s_min_uncond > 0 and sigma[0] < s_min_uncond:
+            return 1.0
+        return scale * getattr(cfg_denoiser, "cond_scale_miltiplier", 1.0)
+
     def vae(self, cfg_denoiser: Any) -> HostVae:
         from modules import sd_vae, shared
 

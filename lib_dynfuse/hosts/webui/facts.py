@@ -81,9 +81,14 @@ class Sampling:
             on_eps=samplers.works_on_eps(cfg_denoiser),
             mask=cfg_denoiser.nmask if getattr(cfg_denoiser, "mask", None) is not None else None,
             denoised=lambda x, prediction: samplers.denoised(cfg_denoiser, x, s, prediction),
-            # forward(self, x, sigma, uncond, cond, cond_scale, ...)
-            scale=float(args[4] if len(args) > 4 else kwargs.get("cond_scale", 1.0)),
+            scale=self._scale(cfg_denoiser, sigma, args, kwargs),
         )
+
+    def _scale(self, cfg_denoiser: Any, sigma: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        # forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, ...)
+        scale = args[4] if len(args) > 4 else kwargs.get("cond_scale", 1.0)
+        s_min_uncond = args[5] if len(args) > 5 else kwargs.get("s_min_uncond", 0.0)
+        return float(self._samplers.cfg_scale(cfg_denoiser, sigma, scale, s_min_uncond))
 
     def _schedule_of(self, cfg_denoiser: Any) -> Schedule | None:
         if self._schedule is None and self._levels is not None:

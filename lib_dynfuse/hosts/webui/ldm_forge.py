@@ -42,6 +42,10 @@ class ReForgeDenoisers(LdmDenoisers):
     def merged_loras(self, cfg_denoiser: Any) -> object:
         return unet_of(cfg_denoiser).patches_uuid
 
+    def scale_of_calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+        # sampling_function(model, x, sigma, uncond, cond, cond_scale, ...), sd_samplers_cfg_denoiser.py:241.
+        return args[5] if len(args) > 5 else super().scale_of_calls(args, kwargs)
+
 
 class ClassicDenoisers(LdmDenoisers):
     """A merge has no number; the host knows its LoRAs by file and strength (extensions-builtin/Lora/networks.py:62)."""

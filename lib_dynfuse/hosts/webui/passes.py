@@ -211,9 +211,16 @@ class FusionPass:
         tell(session)
         denoisers = self.roles.denoisers
         rows_of = denoisers.row_layout(cfg_denoiser, cond)
-        self._hook.enter_context(denoisers.model_calls(functools.partial(_decided, session)))
+        self._hook.enter_context(denoisers.model_calls(functools.partial(self._calls, session)))
         model = denoisers.denoiser(cfg_denoiser)
-        self._hook.enter_context(fused_calls(model, session, rows_of, self._scale, denoisers.adjusted_rows))
+        self._hook.enter_context(fused_calls(model, session, rows_of, lambda: self._scale, denoisers.adjusted_rows))
+
+    def _calls(self, session: FusionSession, calls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """All model calls of a step."""
+        scale = self.roles.denoisers.scale_of_calls(args, kwargs)
+        if scale is not None:
+            self._scale = float(scale)
+        return _decided(session, calls, *args, **kwargs)
 
     def _session_for(self, cfg_denoiser: Any) -> FusionSession | None:
         """The session on the model that is loaded now; None where a refiner is left unfused."""
@@ -270,11 +277,11 @@ def _decided(session: FusionSession, calls: Callable[..., Any], *args: Any, **kw
 
 @contextmanager
 def fused_calls(
-    model: nn.Module, session: FusionSession, rows_of: RowLayout, scale: float = 1.0, adjust: Adjust | None = None
+    model: nn.Module, session: FusionSession, rows_of: RowLayout, scale: Callable[[], float], adjust: Adjust | None = None
 ) -> Iterator[None]:
     """Every call of the model inside is the session's. The model's own forward is back afterwards.
 
-    scale: the CFG scale of this step. adjust: see fusion.batches.
+    scale: the CFG scale of the call that is being made. adjust: see fusion.batches.
     """
     own = model.__dict__.get("forward")  # another extension's
     original = model.forward
@@ -282,7 +289,7 @@ def fused_calls(
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["x"]
         call = ModelCall(original, args, kwargs, x.shape[0], adjust)
-        return call.of(session.predict(call, rows_of(x, kwargs), scale))
+        return call.of(session.predict(call, rows_of(x, kwargs), scale()))
 
     model.__dict__["forward"] = forward
     try:

@@ -66,6 +66,10 @@ class Denoisers(ABC):
         """
         return nullcontext()
 
+    def scale_of_calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+        """The CFG scale in the arguments of the function that model_calls wraps; None where it is not among them."""
+        return kwargs.get("cond_scale")
+
     def reserve(self, p: Any, elements: int, bytes_: int) -> None:
         """Tell the host what will come beside the model, where it keeps account: so many numbers of the denoiser's type, and bytes."""
         return
@@ -87,6 +91,10 @@ class Samplers(ABC):
         if not self.works_on_eps(cfg_denoiser):
             return prediction
         return x * (1.0 + s**2) ** 0.5 - s * prediction
+
+    def cfg_scale(self, cfg_denoiser: Any, sigma: Tensor, scale: float, s_min_uncond: float) -> float:
+        """What the call combines its rows with, as far as its arguments tell; see Denoisers.scale_of_calls."""
+        return scale
 
     def kind(self, cfg_denoiser: Any) -> Kind:
         """Of the model's noise levels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import types
 
 import pytest
@@ -24,6 +25,15 @@ def cfg_denoiser(function=sample_euler, **attributes):
     p = types.SimpleNamespace(**{"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "steps": 5, **attributes.pop("p", {})})
     sampler = types.SimpleNamespace(func=function, eta=0.0, p=p, last_latent=None)
     return types.SimpleNamespace(**{"sampler": sampler, "p": p, "mask": None, "step": 0, "total_steps": 5, **attributes})
+
+
+@pytest.fixture(autouse=True)
+def opts(monkeypatch):
+    """The WebUI's settings."""
+    found = types.SimpleNamespace(skip_early_cond=0.0, s_min_uncond_all=False)
+    monkeypatch.setitem(sys.modules, "modules", types.ModuleType("modules"))
+    monkeypatch.setattr(sys.modules["modules"], "shared", types.SimpleNamespace(opts=found), raising=False)
+    return found
 
 
 @pytest.fixture(params=[A1111Samplers, ForgeSamplers])
@@ -111,3 +121,28 @@ def test_arguments_may_come_by_name(sampling):
     assert fact.latent is latent
     assert fact.step.index == 0
     assert fact.sigma == pytest.approx(3.1)
+
+
+class TestScaleInA1111:
+    """sd_samplers_cfg_denoiser.py:218: steps that are made without the negative prompt have none."""
+
+    def scale(self, denoiser, s_min_uncond=0.0, level=1.0):
+        sigma = torch.tensor([level])
+        return A1111Samplers().cfg_scale(denoiser, sigma, 7.0, s_min_uncond)
+
+    def test_of_a_usual_step_it_is_the_jobs(self):
+        assert self.scale(cfg_denoiser(step=1)) == 7.0
+
+    def test_early_steps_may_skip_it(self, opts):
+        opts.skip_early_cond = 0.4
+        assert [self.scale(cfg_denoiser(step=step)) for step in range(5)] == [1.0, 1.0, 1.0, 7.0, 7.0]
+
+    def test_every_second_step_below_a_level_may_skip_it(self, opts):
+        assert [self.scale(cfg_denoiser(step=step), s_min_uncond=2.0) for step in range(4)] == [7.0, 1.0, 7.0, 1.0]
+        assert self.scale(cfg_denoiser(step=1), s_min_uncond=0.5) == 7.0
+        opts.s_min_uncond_all = True
+        assert self.scale(cfg_denoiser(step=2), s_min_uncond=2.0) == 1.0
+
+    def test_samplers_may_have_a_factor_of_their_own(self):
+        """DDIM CFG++ (sd_samplers_timesteps_impl.py:55)."""
+        assert self.scale(cfg_denoiser(step=1, cond_scale_miltiplier=1 / 12.5)) == pytest.approx(0.56)

@@ -137,6 +137,24 @@ class TestFusion:
         assert close(moved, fused + 1.5 * (fused - plain))
         assert not close(moved, fused)
 
+    def test_contrast_counts_the_same_under_the_hires_passs_own_cfg_scale(self, webui, host_name):
+        if host_name in ("a1111", "classic"):
+            pytest.skip("the hires pass has the first pass's")
+
+        def second_pass(tag, scale):
+            return webui.run("a cat", steps=1, enable_hr=True, hr_prompt=f"a cat {tag}", hr_cfg=scale)
+
+        tag = "<dynfuse:dog:watercolor:te_weight=0:method=direct:contrast={}>"
+        away = second_pass(tag.format(0), 1.0) - second_pass("", 1.0)
+        assert close(second_pass(tag.format(1.5), 2.0), second_pass(tag.format(0), 2.0) + 1.5 * away)
+
+    def test_contrast_counts_the_same_in_a_step_without_the_negative_prompt(self, webui):
+        webui.shared.opts.s_min_uncond_all = True
+        settings = {"steps": 1, "s_min_uncond": 99.0}
+        tag = "<dynfuse:dog:watercolor:te_weight=0:method=direct:contrast={}>"
+        plain, fused, moved = (webui.run(f"a cat {tag}", **settings) for tag in ("", tag.format(0), tag.format(1.5)))
+        assert close(moved, fused + 1.5 * (fused - plain))
+
     @pytest.mark.parametrize("more", ["contrast_every=2", "method=composite", "negative_weight=0", "subject_contrast=0.5:method=direct"])
     def test_other_predictions_are_the_same_in_every_cut_of_the_rows(self, webui, more):
         prompt = f"a cat AND a dog <dynfuse:dog:watercolor:contrast=1:{more}>"
