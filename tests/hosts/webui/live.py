@@ -59,20 +59,19 @@ class WebUI:
     def script_names(self) -> set[str]:
         return set(self.call("/sdapi/v1/scripts")["txt2img"])
 
-    def wait(self, seconds: float = 120) -> None:
-        """Until the WebUI, which has just been told to load its scripts again, is back."""
-        time.sleep(2)  # it answers for a moment longer
+    def restart_ui(self, seconds: float = 300) -> None:
+        """Have the scripts loaded again, as *Apply and restart UI* does, and wait until those answer."""
+        before = self.call("/dynfuse-faults/loaded")
+        self.call("/dynfuse-faults/reload-ui", {})
         end = time.monotonic() + seconds
-        while True:
+        while time.monotonic() < end:
             try:
-                self.call("/sdapi/v1/scripts", timeout=10)
+                if self.call("/dynfuse-faults/loaded", timeout=10) != before:
+                    return
             except (OSError, Refused):
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.5)
-            else:
-                time.sleep(2)  # Forge answers a moment before its scripts have their arguments
-                return
+                pass  # between two servers, or before the new scripts' routes
+            time.sleep(0.5)
+        raise TimeoutError(f"the WebUI was not back after {seconds:.0f} s")
 
     def interrupt(self) -> None:
         self.call("/sdapi/v1/interrupt", {})

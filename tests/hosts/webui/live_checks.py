@@ -322,11 +322,15 @@ class TestReloadUI:
     def test_it_leaves_one_wrapper_and_the_same_images(self, case, plain, fused):
         fault(case, "")
         for _ in range(2):
-            case.webui.call("/dynfuse-faults/reload-ui", {})
-            case.webui.wait()
+            case.webui.restart_ui()
             assert set(state_of(case)["wrappers"].values()) == {1}
         assert difference(case.pixels(f"a cat {case.tag}"), fused) == 0
         assert difference(case.pixels("a cat"), plain) == 0
+
+    def test_the_settings_are_known_after_it(self, case):
+        fault(case, "")
+        case.webui.restart_ui()
+        case.webui.options(dynfuse_without_encoders="stop")
 
 
 class TestRefiner:

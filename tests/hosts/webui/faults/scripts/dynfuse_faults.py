@@ -16,6 +16,7 @@ import base64
 import gc
 import io
 import os
+import time
 
 import gradio as gr
 import torch
@@ -40,6 +41,7 @@ CALLBACKS = ("cfg_denoiser", "cfg_denoised", "cfg_after_cfg")
 
 wanted = ""
 last = []
+loaded = time.time()  # another after each restart of the UI
 
 
 def denoiser():
@@ -204,6 +206,7 @@ def chain(function):
 
 
 def routes(_, app):
+    app.add_api_route("/dynfuse-faults/loaded", lambda: loaded, methods=["GET"])
     app.add_api_route("/dynfuse-faults/state", state, methods=["GET"])
     app.add_api_route("/dynfuse-faults/guidance", guidance, methods=["GET"])
     app.add_api_route("/dynfuse-faults/clear-references", lambda: dynfuse().reference_cache.clear(), methods=["POST"])
