@@ -40,8 +40,8 @@ _ERROR_START = f"<dynfuse:{_ERROR_KEY}="
 # Cut as the host cuts (modules/extra_networks.py, re_extra_net): "<lora:dog<dynfuse:a:b>" is one tag, and not ours.
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 _LOOSE = re.compile(r"<\s*(dynfuse)\s*:([^>]*)>", re.I)
-# What is left of one without its colon, or without one of its brackets.
-_BROKEN = re.compile(r"<\s*dynfuse\b[^<>]*>?|\bdynfuse\s*:[^<>\n]*>", re.I)
+# What is left of one without its colon, or without brackets of its own: "dynfuse:a:b>", "(dynfuse:a:b)".
+_BROKEN = re.compile(r"<\s*dynfuse\b[^<>]*>?|\bdynfuse\s*:[^<>\n]*>?", re.I)
 _ANY = re.compile(r"<\s*([\w \t-]{4,14}?)\s*[:;]([^<>]*)>")
 # "dynfuze", "dynfus", "dyn fuse"; not "dynamic".
 _ALIKE = 0.75

@@ -112,6 +112,7 @@ def test_a_tag_in_any_case_and_with_spaces_is_one(script, text):
         ("a dog <dynfuse;fox:ink>", "is no tag that is known"),
         ("a dog <dynfuse:fox:ink", "<dynfuse:fox:ink is no whole tag"),
         ("a dog dynfuse:fox:ink> on grass", "dynfuse:fox:ink> is no whole tag"),
+        ("a dog (DynFuse:fox:ink)", "is no whole tag"),
         ("a dog <dynfuse fox ink>", "is no whole tag"),
         ("a dog <dynfuse>", "is no whole tag"),
         ("a dog <DynFuse=fox:ink>", "is no whole tag"),

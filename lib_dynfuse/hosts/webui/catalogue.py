@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def _networks() -> Any:
 
 def _unknown(name: str, known: Sequence[str]) -> str:
     by_lower = {other.lower(): other for other in known}
-    close = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
+    # Written as a path, as some lists of LoRAs show them: "people/dog.safetensors" is dog.
+    file = re.split(r"[\\/]", name.lower())[-1].removesuffix(".safetensors")
+    close = [by_lower[match] for match in difflib.get_close_matches(file, by_lower, n=3, cutoff=0.5)]
     return f"there is no LoRA named {name!r}" + (f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ".")
 
 

@@ -289,6 +289,7 @@ class TestErrors:
         ("tag", "words"),
         [
             ("<dynfuse:dgo:watercolor>", ["no LoRA named 'dgo'", "did you mean dog"]),
+            ("<dynfuse:people/dog.safetensors:watercolor>", ["no LoRA named 'people/dog.safetensors'", "did you mean dog"]),
             ("<dynfuse:dog:doggo>", ["same LoRA"]),
             ("<dynfuse:dog:dog>", ["same LoRA"]),
             ("<dynfuse:dog>", ["no style LoRA"]),
