@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_dynfuse generate | merge | demo | inspect | study | cache | bench | toy`.
+"""The command line: `python -m lib_dynfuse generate | merge | demo | inspect | study | judge | cache | bench | toy`.
 
 A mistake of the user or a file that cannot be used: one sentence on standard error, exit code 2.
 """
@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from .arguments import number, whole
 from .evaluate.folder import EvaluationError
+from .evaluate.judge import command as judge_command
 from .evaluate.study import command as study_command
 from .fusion import FusionError
 from .fusion.merging import GUIDANCE_FIELDS
@@ -136,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     study_command.add_arguments(study)
     study.set_defaults(run=study_command.run)
+
+    judge = commands.add_parser("judge", help="let a model choose between pictures, at an OpenAI-compatible endpoint", allow_abbrev=False)
+    judge_command.add_arguments(judge)
+    judge.set_defaults(run=judge_command.run)
 
     cache = commands.add_parser("cache", help="the reference pictures that are kept; --clear removes them")
     cache.add_argument("--clear", action="store_true", help="remove all of them")

@@ -112,16 +112,16 @@ def _question(vote: Vote) -> tuple[str, int, int]:
     return vote.pair, vote.prompt, vote.seed
 
 
-def majority(ballot: Ballot) -> Ballot:
-    """Of a judge who was asked each question several times, one vote for each question: for the method that more than half of the times
-    were for. None, where there is none: times without an answer count as times."""
+def majority(ballot: Ballot, runs: int) -> Ballot:
+    """Of a judge who is asked each question `runs` times, one vote for each question: for the method that more than half of the times are
+    for, None where there is none. Times that brought no vote, or are still to come, count as times."""
     times: dict[tuple[str, int, int, frozenset[str]], list[Vote]] = {}
     for vote in ballot.votes:
         times.setdefault((*_question(vote), frozenset(vote.shown)), []).append(vote)
     votes = []
     for (pair, prompt, seed, shown), asked in times.items():
         method, count = Counter(vote.chosen for vote in asked).most_common(1)[0]
-        votes.append(Vote(pair, prompt, seed, tuple(sorted(shown)), method if 2 * count > len(asked) else None))
+        votes.append(Vote(pair, prompt, seed, tuple(sorted(shown)), method if 2 * count > max(runs, len(asked)) else None))
     return replace(ballot, votes=tuple(votes))
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from .folder import RECORD, Evaluation
+from .judge.verdicts import KIND as JUDGE
+from .judge.verdicts import runs_of
 from .preferences import ALARM, PLAIN_SUM, Positions, Preference, followers, majority, positions, preferences
+from .study.sheets import KIND as STUDY
 from .votes import Ballot, read_ballots
 
 Result = dict[str, Any]
-
-STUDY, JUDGE = "study", "judge"
 
 
 def plain_sum(folder: Path) -> str:
@@ -68,7 +69,7 @@ def judge_results(folder: Path) -> list[Result]:
     for ballot in read_ballots(folder):
         if ballot.kind != JUDGE or not ballot.votes:
             continue
-        decided = majority(ballot)
+        decided = majority(ballot, runs_of(folder, ballot.name))
         chosen = [vote for vote in ballot.votes if vote.chosen is not None]
         results.append(
             {
