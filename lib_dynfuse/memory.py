@@ -1,6 +1,8 @@
-"""When a device's or the machine's memory runs out."""
+"""How much of a device's or the machine's memory is left, and when it has run out."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -24,4 +26,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in text for sign in _OUT_OF_MEMORY)
 
 
-__all__ = ["is_out_of_memory"]
+def free_memory(device: torch.device) -> int:
+    """Bytes; 0 where that cannot be told."""
+    if device.type == "meta":
+        return sys.maxsize
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    if device.type in ("cpu", "mps"):
+        try:
+            import psutil
+        except ImportError:
+            return 0
+        return int(psutil.virtual_memory().available)
+    return 0
+
+
+__all__ = ["free_memory", "is_out_of_memory"]

@@ -5,7 +5,8 @@
                      steps that follow
 
 Weights that are known before a step are brought into the layers for all sites at once: where one LoRA has all the weight, its matrices
-are gathered, group by group, into tensors that stay the same, and a layer multiplies by them alone.
+are gathered, group by group, into tensors that stay the same, and a layer multiplies by them alone. Weights that stay for all steps go into
+copies of the layers' own (folding), where memory allows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .call import FusionState
-from .layer import FusedSite
+from .folding import Folding
+from .layer import FusedLayer, FusedSite
 from .operators import Group
 from .rows import RowIndices, sample_count
 from .rules import Votes
@@ -33,10 +35,11 @@ Numbers = tuple[int, ...]
 class Decisions:
     """Of one session. begun: steps begun since the start. under_way: whether the last of them is not over."""
 
-    def __init__(self, state: FusionState, sites: Sequence[FusedSite], recorder: TraceRecorder):
+    def __init__(self, state: FusionState, layers: Sequence[FusedLayer], recorder: TraceRecorder):
         self.begun = 0
         self._state = state
-        self._sites = sites
+        self._sites = sites = [site for layer in layers for site in layer.sites]
+        self._folding = Folding(state, layers)
         self._recorder = recorder
         # Between these sites' LoRAs a rule that measures has to choose.
         self._compared = tuple(site.number for site in sites if len(site.members) > 1)
@@ -69,7 +72,7 @@ class Decisions:
         if not rule.measures:
             # Not in the first step: that is computed as in a session that has just begun, or a batch's second picture would differ from the
             # same one alone by rounding.
-            if self._blocks and self.begun:
+            if (self._blocks or self._folding.folded) and self.begun:
                 if not (rule.uniform or rule.composes) and not (rule.constant and self._held is not None):
                     self._held = rule.weights(step, None)
                 if not rule.composes:
@@ -94,6 +97,8 @@ class Decisions:
             state.rule.observe(state.step, Votes(record.votes, self._presence(record.measured, record.votes.device)))
         if not state.rule.measures or not self._in_layers:
             if self.begun == 1 or state.rebound:
+                if self._folding.wanted:
+                    self._folding.fold(None if state.rule.uniform else state.weights)
                 self._regroup()
                 state.rebound = False
             if state.rule.measures:
@@ -111,11 +116,19 @@ class Decisions:
         self._recorder.steps.clear()
         self._state.fallbacks = 0
         self._state.rule.restart()
+        self._folding.restart()
         self._held, self.under_way, self.begun = None, False, 0
         self._known.clear()
         self._tally.clear()
 
+    def unfold(self) -> None:
+        """Let go of the folded weights until the next step's end."""
+        self._folding.unfold()
+        self._blocks.clear()
+        self._state.rebound = True
+
     def release(self) -> None:
+        self._folding.unfold()
         for site in self._sites:
             site.operators = site.pair = site.ballot = None
         self._blocks.clear()
@@ -269,7 +282,7 @@ class Decisions:
         for site in self._sites:
             site.pair = site.ballot = None
             operators = site.operators
-            if operators is None or operators.downs is None or operators.ups is None or not self._takes_weights(site.number):
+            if site.folded or operators is None or operators.downs is None or operators.ups is None or not self._takes_weights(site.number):
                 continue
             samples = sample_count(site.tokens, state.settings.vote_tokens) if operators.kernel is None else 0
             key = (site.members, operators.ups.shape, operators.dtype, operators.device, samples)

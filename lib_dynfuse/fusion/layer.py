@@ -19,6 +19,7 @@ from ..lora.branch import Dense, LowRank
 from ..lora.naming import Site
 from .call import FusionState
 from .divergence import token_divergences
+from .folding import FoldedWeight, OwnWeight
 from .operators import Operators
 from .patching import PatchedLayer, argument
 from .rewriting import Binding
@@ -34,6 +35,7 @@ class FusedSite:
     into the operators. choice: (images, B), the rule's weights as decided in the layer in this step; known: the images that it holds for.
     votes: (images, B), what that was decided by. pair: the matrices that stand for all rows of this step, (down, up) as
     View.add_pair takes them, where they were made for all sites at once. ballot, place: where samples for the next decision are put.
+    folded: it is in the layer's FoldedWeight, and needs no pair.
     """
 
     number: int
@@ -49,6 +51,7 @@ class FusedSite:
     ballot: Ballot | None = None
     place: int = 0
     silent: bool = False
+    folded: bool = False
     tokens: int = 0
 
     def forget(self) -> None:
@@ -60,13 +63,23 @@ class FusedSite:
 
 
 class FusedLayer(PatchedLayer):
-    """A layer and the sites on it."""
+    """A layer and the sites on it. folded: a weight that has all of them in it, in the steps whose weights are known before."""
 
-    def __init__(self, name: str, module: nn.Module, sites: list[FusedSite], state: FusionState, weight_of: Callable[[nn.Module], Tensor]):
+    folded: FoldedWeight | None = None
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        sites: list[FusedSite],
+        state: FusionState,
+        weight_of: Callable[[nn.Module], Tensor],
+        own_weight: OwnWeight,
+    ):
         super().__init__(name, module)
         self.sites = sites
         self.state = state
-        self.weight_of = weight_of
+        self.weight_of, self.own_weight = weight_of, own_weight
         self.convolution = is_convolution(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,8 +87,14 @@ class FusedLayer(PatchedLayer):
 
         x: (N, ..., in) for a linear layer, (N, in, H, W) for a convolution.
         """
+        state = self.state
+        if self.folded is not None and state.paired and state.active and state.only is None:
+            if self.folded.stands_for(self.own_weight(self.module)):
+                return self._with_weight(self.folded.weight, *args, **kwargs)
+            self.fold(None)
+            state.rebound = True
         y = self._base(*args, **kwargs)
-        if not self.state.active:
+        if not state.active:
             return y
         x = argument(args, kwargs)
         if x.dtype != y.dtype:
@@ -89,6 +108,22 @@ class FusedLayer(PatchedLayer):
             else:
                 self._add(site, Pixels(self.module, x, y) if self.convolution else Tokens(x, y))
         return y
+
+    def fold(self, folded: FoldedWeight | None) -> None:
+        """From the next step on compute with this weight; None: add the LoRAs to what the layer's own gives."""
+        self.folded = folded
+        for site in self.sites:
+            site.folded = folded is not None
+
+    def _with_weight(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer gives with another weight than its own."""
+        parameters: dict[str, Any] = self.module._parameters
+        own = parameters["weight"]
+        parameters["weight"] = weight
+        try:
+            return self._base(*args, **kwargs)
+        finally:
+            parameters["weight"] = own
 
     def _writable(self, y: Tensor, x: Tensor) -> Tensor:
         """The output as a tensor that may be written to: itself where it is the fresh result of its class's forward, else a copy.

@@ -38,7 +38,7 @@ class LayerSum:
     def _layer(self, number: int, summand: Summand, weight_of: Callable[[nn.Module], Tensor]) -> FusedLayer:
         bindings, strengths = zip(*summand.parts)
         site = FusedSite(number, Site(summand.name), bindings, tuple(range(len(bindings))), strengths)
-        return FusedLayer(summand.name, summand.module, [site], self._state, weight_of)
+        return FusedLayer(summand.name, summand.module, [site], self._state, weight_of, _no_weight)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -52,6 +52,10 @@ class LayerSum:
             self._state.active = False
             for layer in self.layers:
                 layer.detach()
+
+
+def _no_weight(module: nn.Module) -> None:
+    """The layers compute with their own weights: a sum of one call is not worth a copy."""
 
 
 __all__ = ["LayerSum", "Summand"]

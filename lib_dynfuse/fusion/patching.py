@@ -42,6 +42,11 @@ class PatchedLayer(ABC):
             del instance["forward"]
         self._own_forward = None
 
+    @property
+    def patched_by_others(self) -> bool:
+        """Whether somebody put a forward on this very module before us; told while attached."""
+        return self._had_instance_forward
+
     def _base(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer gives without us."""
         if self._own_forward is None:  # called through a reference that outlived the attachment

@@ -43,6 +43,7 @@ from ..strength import BlockText, one_each
 from .batches import ModelCall
 from .call import FusionState
 from .decisions import Decisions
+from .folding import OwnWeight
 from .layer import FusedLayer, FusedSite
 from .norm import ShiftedNorm
 from .patching import PatchedLayer, argument
@@ -102,11 +103,13 @@ class FusionSession:
         settings: FuseSettings,
         *,
         weight_of: Callable[[nn.Module], Tensor] | None = None,
+        own_weight: OwnWeight | None = None,
         rule: Rule | None = None,
         steps: int = 0,
     ):
-        """weight_of: gives a layer's dequantised weight; called only for kinds that depend on it. rule: in place of the settings' method.
-        Raises FusionError.
+        """weight_of: gives a layer's dequantised weight; called only for kinds that depend on it. own_weight: gives the very tensor that a
+        layer's forward computes with, or None where the host may write to it in there. rule: in place of the settings' method. Raises
+        FusionError.
         """
         subjects, styles = ((files,) if isinstance(files, LoraFile) else tuple(files) for files in (subject, style))
         files = (*subjects, *styles)
@@ -130,11 +133,13 @@ class FusionSession:
         self._depth = 0
         modules = _layers(model)
         self.shapes = layer_shapes(model)
-        self.layers = _find_layers(modules, files, len(subjects), self._state, weight_of or _own_weight, self.report)
+        weights = weight_of or _own_weight, own_weight or _own_weight
+        self.layers = _find_layers(modules, files, len(subjects), self._state, weights, self.report)
         nothing_wanted = not rule.measures and all(schedule.full == 0 for schedule in schedules)
         if not self.report.matched and not self.report.one_sided and not nothing_wanted:
             raise FusionError(_nothing_matches(files, self.report))
-        sites = [(layer, site) for layer in self.layers if isinstance(layer, FusedLayer) for site in layer.sites]
+        fused_layers = [layer for layer in self.layers if isinstance(layer, FusedLayer)]
+        sites = [(layer, site) for layer in fused_layers for site in layer.sites]
         members = members_of(files, len(subjects))
         present = torch.zeros(len(sites), len(files), dtype=torch.bool)
         strengths = torch.zeros(len(sites), len(files))
@@ -151,7 +156,7 @@ class FusionSession:
             rule.prepare(Places(places, members, present, settings, change))
         except SettingsError as reason:
             raise FusionError(str(reason)) from None
-        self._decisions = Decisions(self._state, [site for _, site in sites], TraceRecorder(places, members, present, strengths))
+        self._decisions = Decisions(self._state, fused_layers, TraceRecorder(places, members, present, strengths))
         self._predictions = Predictions(self._state, [member.subject for member in members], self._alone)
 
     @property
@@ -322,6 +327,12 @@ class FusionSession:
             notes.append(f"{trace.non_finite} divergences were not finite numbers; the LoRA named first was used there.")
         return notes
 
+    def unfold(self) -> None:
+        """Let go of the copies of the layers' weights with the LoRAs in them, whose memory others need between two pictures. The LoRAs
+        stay on the device.
+        """
+        self._decisions.unfold()
+
     def release(self) -> None:
         """Drop the LoRAs' copies on the device. The trace stays; a later call makes them anew."""
         self._decisions.release()
@@ -369,7 +380,7 @@ def _find_layers(
     files: Sequence[LoraFile],
     subjects: int,
     state: FusionState,
-    weight_of: Callable[[nn.Module], Tensor],
+    weights: tuple[Callable[[nn.Module], Tensor], OwnWeight],
     report: Report,
 ) -> list[PatchedLayer]:
     settings = state.settings
@@ -418,7 +429,7 @@ def _find_layers(
             bindings = Rewriting(state.rule, bindings, [members[member] for member in owners], strengths).bindings()
         by_layer.setdefault(site.layer, []).append(FusedSite(number, site, bindings, tuple(owners), strengths))
         number += 1
-    layers: list[PatchedLayer] = [FusedLayer(name, modules[name], sites, state, weight_of) for name, sites in by_layer.items()]
+    layers: list[PatchedLayer] = [FusedLayer(name, modules[name], sites, state, *weights) for name, sites in by_layer.items()]
     for position, fused in enumerate(fused for layer in layers if isinstance(layer, FusedLayer) for fused in layer.sites):
         fused.number = position
     if settings.scope == "all":

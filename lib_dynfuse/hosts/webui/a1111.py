@@ -56,6 +56,12 @@ class A1111Denoisers(Denoisers):
             networks.network_apply_weights(layer)
         return cast(Tensor, layer.weight)
 
+    def own_weight(self, layer: nn.Module) -> Tensor | None:
+        from modules import shared
+
+        # Its forward restores the weight from a backup (networks.py:508).
+        return None if getattr(shared.opts, "lora_functional", False) else self.weight_of(layer)
+
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         return CondFirst([len(prompts) for prompts in cond.batch])
 

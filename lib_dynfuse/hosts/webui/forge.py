@@ -56,6 +56,11 @@ class ForgeDenoisers(Denoisers):
         weight, _ = get_weight_and_bias(layer, weight_args={"dtype": torch.float32}, weight_fn=dequantised)
         return weight
 
+    def own_weight(self, layer: nn.Module) -> Tensor | None:
+        # Patches that are added in each forward (backend/operations.py: get_weight_and_bias; Neo and the ldm forks: weight_function).
+        added = any(getattr(layer, name, None) for name in ("forge_online_loras", "weight_function", "scale_weight"))
+        return None if added else getattr(layer, "weight", None)
+
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         images = len(cond.batch)
         return lambda x, arguments: rows_of_call(x.shape[0], images, arguments.get("transformer_options") or {})

@@ -174,6 +174,7 @@ class FusionPass:
         session, self._session, self._identity = self._session, None, None
         if session is None:
             return
+        session.unfold()
         self._spare = (self._key, session)
         if self._trace is None:
             self._trace = session.trace
@@ -253,7 +254,14 @@ class FusionPass:
             session.restart()
             return session
         self.release()
-        return FusionSession(model, request.subjects, request.styles, request.settings, weight_of=denoisers.weight_of)
+        return FusionSession(
+            model,
+            request.subjects,
+            request.styles,
+            request.settings,
+            weight_of=denoisers.weight_of,
+            own_weight=denoisers.own_weight,
+        )
 
 
 @contextmanager

@@ -53,6 +53,12 @@ class Denoisers(ABC):
         """A layer's weight as the model computes with it, dequantised: other LoRAs merged, ours not."""
 
     @abstractmethod
+    def own_weight(self, layer: nn.Module) -> Tensor | None:
+        """The tensor that the layer's forward will compute with as it is, other LoRAs merged: ours may stand in its place for that forward.
+        None where the forward adds to it, or may write to it.
+        """
+
+    @abstractmethod
     def row_layout(self, cfg_denoiser: Any, cond: Any) -> RowLayout:
         """How the rows of the model calls of one step are ordered. cond: the step's positive conditioning."""
 
