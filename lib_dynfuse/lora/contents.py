@@ -74,7 +74,7 @@ def _opened_safetensors(path: Path, beginning: bytes, size: int) -> Contents:
         with safe_open(path, "pt") as file:  # type: ignore[attr-defined]
             return Contents(list(file.keys()), load, dict(file.metadata() or {}))
     except (SafetensorError, OSError, MemoryError) as error:
-        reason = "it is cut off or damaged" if re.search("Incomplete|Invalid", str(error)) else printable(first_line(error))
+        reason = "it is cut off or damaged" if re.search("incomplete|invalid", str(error), re.IGNORECASE) else printable(first_line(error))
         raise LoraError(f"{path.name} cannot be read: {reason}.") from None
 
 

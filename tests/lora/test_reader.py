@@ -7,9 +7,10 @@ import struct
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lib_dynfuse.lora import LoraError, LowRank, branches_by_site, denoiser_aliases, norms_by_layer, read_lora
+from lib_dynfuse.lora import LoraError, LowRank, branches_by_site, contents, denoiser_aliases, norms_by_layer, read_lora
 from lib_dynfuse.lora.branch import NormShift
 from lib_dynfuse.lora.families import FAMILIES, reference_layers
 
@@ -209,6 +210,18 @@ def test_unreadable_files_say_why(tmp_path):
     assert "damaged" in refusal(tmp_path / "broken.safetensors")
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 but no archive")
     refusal(tmp_path / "broken.pt")
+
+
+@pytest.mark.parametrize("words", ["MetadataIncompleteBuffer", "incomplete metadata, file not fully covered", "invalid JSON in header"])
+def test_a_damaged_file_is_called_so_in_every_version_of_safetensors(tmp_path, monkeypatch, words):
+    """0.4 has the first words, 0.7 the others."""
+
+    def safe_open(*args):
+        raise SafetensorError(f"Error while deserializing header: {words}")
+
+    path = saved(tmp_path, kohya(ATTENTION, *pair(6, 768)))
+    monkeypatch.setattr(contents, "safe_open", safe_open)
+    assert "cut off or damaged" in refusal(path)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
