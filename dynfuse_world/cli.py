@@ -1,4 +1,4 @@
-"""`python -m lib_dynfuse toy train | check | export | bench`: the miniature world's own commands."""
+"""`python -m lib_dynfuse toy train | check | export | plan | bench`: the miniature world's own commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return benchmark.main(arguments[1:])
     parser = argparse.ArgumentParser(prog=PROGRAM, description="A small text-to-image model of our own, to try and to measure fusion with.")
-    commands = parser.add_subparsers(required=True, metavar="train | check | export | bench")
+    commands = parser.add_subparsers(required=True, metavar="train | check | export | plan | bench")
     _add_train(commands)
     check = commands.add_parser("check", help="what the model can do before anything is fused with it: two minutes")
     check.add_argument("--weights", type=Path, default=WEIGHTS, help="the folder of weights (default: the shipped ones)")
@@ -30,6 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     export = commands.add_parser("export", help="a checkpoint, LoRAs and encoders for a WebUI's model folders")
     export.add_argument("folder", type=Path, help="the WebUI's folder, or any other")
     export.set_defaults(run=_export)
+    plan = commands.add_parser("plan", help="the model, LoRAs and a plan for the command evaluate")
+    plan.add_argument("folder", type=Path, help="where they are written")
+    plan.set_defaults(run=_plan)
     commands.add_parser("bench", help="which fusion is better here: subject, style and intactness of thousands of pictures")
     options = parser.parse_args(arguments)
     return int(options.run(options))
@@ -86,6 +89,12 @@ def _check(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from .export import run
+
+    return run(options.folder)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .evaluation import run
 
     return run(options.folder)
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_dynfuse generate | merge | demo | inspect | study | judge | cache | bench | toy`.
+"""The command line: `python -m lib_dynfuse generate | merge | demo | evaluate | study | judge | inspect | cache | bench | toy`.
 
 A mistake of the user or a file that cannot be used: one sentence on standard error, exit code 2.
 """
@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .arguments import number, whole
+from .evaluate import command as evaluate_command
 from .evaluate.folder import EvaluationError
 from .evaluate.judge import command as judge_command
 from .evaluate.study import command as study_command
@@ -127,6 +128,16 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("out/demo"), metavar="DIR", help="folder for the page and its pictures (default: out/demo)"
     )
     demo.set_defaults(run=_demo)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="compare methods on a model of your own: pictures, scores and a report by a plan",
+        description="Make a plan's pictures, score them and write a report. Started again, it goes on where it stopped; started on several "
+        "GPUs (accelerate launch -m lib_dynfuse evaluate PLAN) or machines that share the folder, they share the work.",
+        allow_abbrev=False,
+    )
+    evaluate_command.add_arguments(evaluate)
+    evaluate.set_defaults(run=evaluate_command.run)
 
     inspect = commands.add_parser("inspect", help="what a LoRA file holds; for two files, whether they go together")
     inspect.add_argument("files", nargs="+", metavar="FILE", help="LoRA file")

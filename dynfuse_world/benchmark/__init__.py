@@ -1,6 +1,6 @@
 """Which fusion is better, measured: `python -m lib_dynfuse toy bench`.
 
-protocol.py says what is fixed, methods.py what is compared, run.py makes and judges the pictures, statistics.py tells what the scores
+protocol.py says what is fixed, methods.py what is compared, run.py makes and judges the pictures, summary.py tells what the scores
 say, table.py and pictures.py show it, diagnosis.py looks for reasons.
 """
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from lib_dynfuse.bench.denoisers import processor
+from lib_dynfuse.evaluate.statistics import RESAMPLES
 
 from ..model import WEIGHTS
 from .making import shipped_judge
 from .methods import METHODS, RANDOM, ROWS, SWEEP, RowError, chosen, row_of
 from .protocol import CFG_SCALE, PAIRS, REFERENCE_SEED, REPORTED, SEEDS, STEPS, TUNING, Pair
 from .run import made, processors
-from .statistics import RESAMPLES
 from .summary import Summary, as_json, summaries
 from .table import diagnosis_table, scores_table
 from .work import Outcome, Setup, tasks

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from lib_dynfuse.evaluate.statistics import Floats, Interval, Resamples, harmonic_mean
+
 from .diagnosis import Diagnosis, over_pairs
 from .methods import Row
 from .protocol import Pair
-from .statistics import Floats, Interval, Resamples, harmonic_mean
 from .work import Outcome
 
 MEASURES = ("subject", "style", "harmonic mean", "intact")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lib_dynfuse.evaluate.statistics import Interval
+
 from .diagnosis import Diagnosis
-from .statistics import Interval
 from .summary import COMPARED_WITH, MEASURES, OF_MEANS, Summary
 
 

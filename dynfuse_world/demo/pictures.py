@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lib_dynfuse.evaluate.statistics import harmonic_mean
 from lib_dynfuse.fusion import Trace
 from lib_dynfuse.guidance.guide import GuidanceRecord
 from lib_dynfuse.guidance.references import ReferenceCache
@@ -19,7 +20,6 @@ from lib_dynfuse.lora import read_lora
 
 from ..benchmark.methods import METHODS, Row
 from ..benchmark.protocol import CFG_SCALE, Pair
-from ..benchmark.statistics import harmonic_mean
 from ..judges import Judges
 from ..painter import SUBJECTS
 from ..training.loras import Lesson, style_lesson, subject_lesson

@@ -129,6 +129,20 @@ def load_encoders(sources: EncoderSources, progress: Progress | None = None) -> 
         return _loaded[key]
 
 
+def load_clip(sources: EncoderSources, progress: Progress | None = None) -> ImageEncoder:
+    """CLIP alone, as load_encoders has it, new at each call. Raises EncoderError."""
+    files = clip_files(sources, progress)
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        return _clip_encoder(files)
+
+
+def load_dino(sources: EncoderSources, progress: Progress | None = None) -> ImageEncoder:
+    """DINO alone, as load_encoders has it, new at each call. Raises EncoderError."""
+    files = dino_files(sources, progress)
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        return _dino_encoder(files)
+
+
 def _identity(files: ModelFiles) -> str:
     if not files.local:
         return files.name
@@ -299,4 +313,14 @@ def _release(package: str) -> str:
         return package
 
 
-__all__ = ["Embeddings", "EncoderError", "EncoderSources", "Encoders", "ImageEncoder", "load_encoders", "without_autocast"]
+__all__ = [
+    "Embeddings",
+    "EncoderError",
+    "EncoderSources",
+    "Encoders",
+    "ImageEncoder",
+    "load_clip",
+    "load_dino",
+    "load_encoders",
+    "without_autocast",
+]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dynfuse_world.benchmark.statistics import Resamples, harmonic_mean
+from lib_dynfuse.evaluate.statistics import Resamples, harmonic_mean
 
 
 def scores(pairs, seeds, *, between=1.0, within=1.0, seed=0):
