@@ -34,10 +34,10 @@ def study_result(folder: Path) -> Result | None:
 
     {"participants", "answers", "skipped", "questions": texts, "pictures": numbers of pictures shown at once, "plain_sum",
      "methods": [{"method", "shown", "chosen", "share", "of_all", "over_plain_sum"}, ...],
-     "positions": {"counts": {"2": [left, right]}, "chance"}, "followers": [{"voter", "file", "counts", "chance"}, ...]}
+     "positions": {"counts": {"2": [left, right]}, "chance"}, "followers": [{"voter", "file", "counts", "chance"}, ...], "notes"}
 
-    share: of the questions that showed a method; of_all: of all votes; over_plain_sum: see preferences.Preference. chance: how likely such
-    counts, or less even ones, are if the position has no say.
+    notes: what a reader of the shares must know, a sentence each. share: of the questions that showed a method; of_all: of all votes;
+    over_plain_sum: see preferences.Preference. chance: how likely such counts, or less even ones, are if the position has no say.
     """
     ballots = [ballot for ballot in read_ballots(folder) if ballot.kind == STUDY and any(vote.chosen is not None for vote in ballot.votes)]
     if not ballots:
@@ -45,6 +45,13 @@ def study_result(folder: Path) -> Result | None:
     reference = plain_sum(folder)
     chosen = [vote for ballot in ballots for vote in ballot.votes if vote.chosen is not None]
     voters = {ballot.name: ballot.voter for ballot in ballots}
+    where = _positions(positions(chosen))
+    found = [{"voter": voters[name], "file": name, **_positions(mine)} for name, mine in followers(ballots).items()]
+    if len(ballots) > 1:
+        drawn = "95 % bootstrap intervals over participants and questions."
+    else:
+        drawn = "95 % bootstrap intervals over questions: one participant says nothing about other people."
+    named = [f"Votes that follow the position: {one['voter']} ({one['file']}.json). {_places(one)}" for one in found]
     return {
         "participants": len(ballots),
         "answers": len(chosen),
@@ -53,8 +60,9 @@ def study_result(folder: Path) -> Result | None:
         "pictures": sorted({len(vote.shown) for vote in chosen}),
         "plain_sum": reference,
         "methods": _methods(preferences(ballots, reference)),
-        "positions": _positions(positions(chosen)),
-        "followers": [{"voter": voters[name], "file": name, **_positions(where)} for name, where in followers(ballots).items()],
+        "positions": where,
+        "followers": found,
+        "notes": [drawn, _places(where), *(named or [f"Nobody's votes follow the position (p < {ALARM:g} over all participants)."])],
     }
 
 
@@ -71,19 +79,30 @@ def judge_results(folder: Path) -> list[Result]:
             continue
         decided = majority(ballot, runs_of(folder, ballot.name))
         chosen = [vote for vote in ballot.votes if vote.chosen is not None]
+        without, undecided = len(ballot.votes) - len(chosen), sum(vote.chosen is None for vote in decided.votes)
+        where = _positions(positions(chosen))
+        notes = [
+            f"A method wins a question with more than half of its runs; {_count(undecided, 'question')} of {len(decided.votes)} undecided, "
+            f"{_count(without, 'answer')} of {len(ballot.votes)} no vote.",
+            "95 % bootstrap intervals over questions.",
+            _places(where),
+        ]
+        if where["chance"] < ALARM:
+            notes.append("This judge follows the position: its shares mean little.")
         results.append(
             {
                 "judge": ballot.voter,
                 "file": ballot.name,
                 "asked": len(decided.votes),
                 "answers": len(ballot.votes),
-                "without": len(ballot.votes) - len(chosen),
-                "undecided": sum(vote.chosen is None for vote in decided.votes),
+                "without": without,
+                "undecided": undecided,
                 "questions": [ballot.question],
                 "pictures": sorted({len(vote.shown) for vote in ballot.votes}),
                 "plain_sum": reference,
                 "methods": _methods(preferences([decided], reference)),
-                "positions": _positions(positions(chosen)),
+                "positions": where,
+                "notes": notes,
             }
         )
     return results
@@ -93,36 +112,17 @@ def study_text(result: Result | None) -> str:
     """For the terminal."""
     if result is None:
         return "Nobody has chosen a picture yet.\n"
-    count = result["participants"]
-    lines = [
-        f"{_count(count, 'participant')}, {_count(result['answers'], 'vote')}, {result['skipped']} skipped. "
-        f"Shown at once: {_joined(result['pictures'])}.",
-        "",
-        *_table(result),
-        "",
-        "95 % bootstrap intervals over participants and questions." if count > 1
-        else "95 % bootstrap intervals over questions: one participant says nothing about other people.",
-        _places(result["positions"]),
-    ]  # fmt: skip
-    for one in result["followers"]:
-        lines.append(f"Votes that follow the position: {one['voter']} ({one['file']}.json). {_places(one)}")
-    if not result["followers"]:
-        lines.append(f"Nobody's votes follow the position (p < {ALARM:g} over all participants).")
-    return "\n".join(lines) + "\n"
+    head = (
+        f"{_count(result['participants'], 'participant')}, {_count(result['answers'], 'vote')}, {result['skipped']} skipped. "
+        f"Shown at once: {_joined(result['pictures'])}."
+    )
+    return "\n".join([head, "", *_table(result), "", *result["notes"]]) + "\n"
 
 
 def judge_text(result: Result) -> str:
     """For the terminal."""
-    lines = [
-        f"{result['judge']}: {_count(result['asked'], 'question')}, {_count(result['answers'], 'answer')}, {result['without']} of them no "
-        f"vote; {_count(result['undecided'], 'question')} undecided.",
-        "",
-        *_table(result),
-        "",
-        "A method wins a question with more than half of its runs. 95 % bootstrap intervals over questions.",
-        _places(result["positions"]) + ("" if result["positions"]["chance"] >= ALARM else " This judge follows the position."),
-    ]
-    return "\n".join(lines) + "\n"
+    head = f"{result['judge']}: {_count(result['asked'], 'question')}, {_count(result['answers'], 'answer')}."
+    return "\n".join([head, "", *_table(result), "", *result["notes"]]) + "\n"
 
 
 def _methods(found: Sequence[Preference]) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def webp_url(path: Path, size: int) -> str:
 
 def png_url(path: Path, size: int) -> str:
     """The same as PNG, which every endpoint of a judge reads."""
-    content = _encoded(fitted(bare(path), size), "PNG", optimize=True)
+    content = _encoded(fitted(bare(path), size), "PNG")
     return f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
 
 

@@ -142,7 +142,7 @@ def _ask(missing: Sequence[Task], endpoint: Endpoint, verdicts: Verdicts) -> Non
                     ) from None
         bars.show(endpoint.model, len(missing), len(missing), "answer")
     if without:
-        print(f"{without} requests got no answer; the same command asks them again.", file=sys.stderr)
+        print(f"{without} of {len(missing)} requests got no answer; the same command asks them again.", file=sys.stderr)
 
 
 def _told(verdicts: Verdicts, price: Sequence[float] | None) -> None:

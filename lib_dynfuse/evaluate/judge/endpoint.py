@@ -136,7 +136,8 @@ class Endpoint:
     def _refusal_of(self, error: urllib.error.HTTPError, content: Content, seconds: float) -> Reply:
         """What an answer of 300 and more means."""
         try:
-            raw = self._hidden(error.read(LARGEST).decode("utf-8", "replace"))
+            with error:
+                raw = self._hidden(error.read(LARGEST).decode("utf-8", "replace"))
         except (OSError, http.client.HTTPException):
             raw = ""
         said, code = _error_of(raw)

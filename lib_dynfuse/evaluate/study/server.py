@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ class Study:
         self.folder, self.setup, self.name = folder, setup, name
         self._trials: dict[Key, Trial] = {key_of(trial): trial for trial in trials}
         self._usable = usable(trials, setup)
-        self._writing = threading.Lock()
+        self._files = threading.Lock()
 
     @property
     def questions(self) -> int:
@@ -67,7 +68,7 @@ class Study:
 
     def begin(self, participant: str | None, name: str) -> dict[str, Any]:
         """What the page needs: the participant's own questions so far, or new ones for a new participant."""
-        with self._writing:
+        with self._files:
             sheet = read_sheet(self.folder, participant) if participant else None
             if sheet is None:
                 before = times_asked(read_sheets(self.folder))
@@ -79,7 +80,7 @@ class Study:
 
     def vote(self, participant: str, number: int, place: int | None, seconds: float) -> None:
         """place: of the chosen picture, None for a question that is skipped. An earlier answer to the same question is replaced."""
-        with self._writing:
+        with self._files:
             sheet = self._sheet(participant)
             _, shown = self._asked(sheet, number)
             if place is not None and not 0 <= place < len(shown):
@@ -90,7 +91,8 @@ class Study:
 
     def picture(self, participant: str, number: int, what: str, place: int) -> Path:
         """what: "picture", "subject" or "style"."""
-        key, shown = self._asked(self._sheet(participant), number)
+        with self._files:  # a file that is being read cannot be replaced on Windows
+            key, shown = self._asked(self._sheet(participant), number)
         trial = self._trials.get(key)
         if trial is None:
             raise Refused(HTTPStatus.NOT_FOUND, "This question's pictures are no longer there.")
@@ -134,7 +136,7 @@ class Server(ThreadingHTTPServer):
     """Serves a study until it is shut down. Only this machine reaches it."""
 
     daemon_threads = True
-    allow_reuse_address = True
+    allow_reuse_address = os.name != "nt"  # there it lets two servers have one port
 
     def __init__(self, study: Study, port: int = PORT) -> None:
         """port: 0 for any that is free. Raises OSError for one that is taken."""
