@@ -12,12 +12,35 @@
         }
     });
 
+    // What is shown of a job is there again after the page was loaded anew. Kept by this window: another one has jobs of its own.
+    function jobBox(tab) {
+        return gradioApp().querySelector(`#dynfuse_${tab}_job :is(textarea, input)`);
+    }
+
+    onUiLoaded(function() {
+        for (const tab of ["txt2img", "img2img"]) {
+            const box = jobBox(tab);
+            const job = sessionStorage.getItem(`dynfuse_${tab}_job`);
+            if (box && job && !box.value) {
+                box.value = job;
+                updateInput(box);
+            }
+        }
+    });
+
+    onUiUpdate(function() {
+        for (const tab of ["txt2img", "img2img"]) {
+            const job = jobBox(tab)?.value;
+            if (job) {
+                sessionStorage.setItem(`dynfuse_${tab}_job`, job);
+            }
+        }
+    });
+
     function enlarge(picture) {
         const cover = document.createElement("div");
         cover.className = "dynfuse-enlarged";
-        const copy = cover.appendChild(document.createElement("img"));
-        copy.src = picture.src;
-        copy.alt = picture.alt;
+        cover.appendChild((picture.closest(".dynfuse-map") ?? picture).cloneNode(true));
 
         function close() {
             cover.remove();

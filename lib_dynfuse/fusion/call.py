@@ -45,7 +45,8 @@ class Entries:
 class FusionState:
     """Owned by the session.
 
-    schedules: of the B LoRAs. active: whether the layers add anything. sampling: whether they keep samples for the next decision.
+    schedules: of the B LoRAs. watched: whether divergences are recorded that the rule does not ask for. active: whether the layers add
+    anything. sampling: whether they keep samples for the next decision.
     weights: (S, I or 1, B), the rule's, where this step has them before it begins; left_out: sites that they do not hold for.
     paired: whether the sites' pairs hold. undecided: rows ran in this step before their image's choice was known. fallbacks: choices so
     made. rebound: a layer's type or device changed. only: LoRAs that are added alone, each at its strength, whatever the rule says; None:
@@ -55,6 +56,7 @@ class FusionState:
     settings: FuseSettings
     rule: Rule
     schedules: tuple[Schedule, ...]
+    watched: bool = False
     rows: Rows | None = None
     step: Step | None = None
     active: bool = False

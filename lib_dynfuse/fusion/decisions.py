@@ -70,6 +70,7 @@ class Decisions:
         chooses = self.begun % settings.decide_every == 0
         state.sampling = False
         if not rule.measures:
+            state.sampling = state.watched and bool(self._blocks) and chooses
             # Not in the first step: that is computed as in a session that has just begun, or a batch's second picture would differ from the
             # same one alone by rounding.
             if (self._blocks or self._folding.folded) and self.begun:
@@ -292,7 +293,7 @@ class Decisions:
             numbers = tuple(site.number for site in sites)
             group = Group(sites[0].members, [site.operators for site in sites if site.operators is not None])
             ballot = None
-            if state.rule.measures and samples:
+            if (state.rule.measures or state.watched) and samples and len(sites[0].members) > 1:
                 ballot = Ballot(group, numbers, samples, state.settings.vote_tokens)
                 for place, site in enumerate(sites):
                     site.ballot, site.place = ballot, place

@@ -27,6 +27,8 @@ MORE_SUBJECTS = ((86, 180, 233), (0, 158, 115), (120, 94, 240))
 MORE_STYLES = ((213, 94, 0), (240, 228, 66), (204, 121, 167))
 ONE_SIDED = (178, 178, 178)
 NOT_REACHED = (238, 238, 238)
+# The same on any background.
+_PALE = (128, 128, 128, 34)
 
 _BACKGROUND = (255, 255, 255)
 _INK = (32, 32, 32)
@@ -54,6 +56,30 @@ class Block:
     length: int
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where a trace's cells lie. columns: sites in the order in which data meets their blocks. lefts: of the columns, in pixels."""
+
+    columns: list[int]
+    blocks: list[Block]
+    lefts: list[int]
+    cell_width: int
+    cell_height: int
+
+    @classmethod
+    def of(cls, trace: Trace) -> Layout:
+        """trace: of at least one step and site."""
+        columns = _columns_in_flow(trace)
+        blocks = list(_blocks([block_label(trace.sites[column]) for column in columns]))
+        gap = 3 if len(blocks) < 40 else 2
+        width = max(1, (_PLOT_WIDTH - gap * (len(blocks) - 1)) // len(columns))
+        return cls(columns, blocks, _column_lefts(blocks, width, gap), width, min(26, max(3, round(360 / len(trace.weights)))))
+
+    @property
+    def width(self) -> int:
+        return self.lefts[-1] + self.cell_width
+
+
 def draw(trace: Trace, *names: str, most_images: int = 8) -> Image.Image:
     """The selection map of a job's images, one panel per image, as an RGB picture about 600 to 1100 pixels wide.
 
@@ -63,17 +89,13 @@ def draw(trace: Trace, *names: str, most_images: int = 8) -> Image.Image:
     steps, _, images, _ = trace.weights.shape
     if not steps or not images:
         return _sentence("No choices were made: nothing to show.")
-    columns = _columns_in_flow(trace)
-    blocks = list(_blocks([block_label(trace.sites[column]) for column in columns]))
-    gap = 3 if len(blocks) < 40 else 2
-    cell_width = max(1, (_PLOT_WIDTH - gap * (len(blocks) - 1)) // len(columns))
-    cell_height = min(26, max(3, round(360 / steps)))
-    lefts = _column_lefts(blocks, cell_width, gap)
+    layout = Layout.of(trace)
+    columns, blocks, lefts, cell_width, cell_height = layout.columns, layout.blocks, layout.lefts, layout.cell_width, layout.cell_height
     plot_width, plot_height = lefts[-1] + cell_width, steps * cell_height
     shown = min(images, most_images)
 
-    entries = _entries(trace, names)
-    head = _LINE * (1 + math.ceil(len(entries) / 2)) + 6
+    legend = entries(trace, names)
+    head = _LINE * (1 + math.ceil(len(legend) / 2)) + 6
     caption = _LINE if images > 1 else 0
     panel = caption + plot_height + 2 * _LINE + 10
     width = max(_AXIS_WIDTH + plot_width, 560) + 2 * _MARGIN
@@ -81,15 +103,14 @@ def draw(trace: Trace, *names: str, most_images: int = 8) -> Image.Image:
     picture = Image.new("RGB", (width, height), _BACKGROUND)
     pen = _Pen(picture)
 
-    _legend(pen, width - 2 * _MARGIN, entries, int((~trace.decided).sum()), len(columns), bool((trace.reached & trace.decided).any()))
+    _legend(pen, width - 2 * _MARGIN, legend, int((~trace.decided).sum()), len(columns), bool((trace.reached & trace.decided).any()))
     top = _MARGIN + head
     for image in range(shown):
         if images > 1:
             share = trace.of_image(image).subject_share()
-            pen.text((_MARGIN + _AXIS_WIDTH, top), f"Image {image + 1}: subject {_percent(share)}, style {_percent(1 - share)}")
+            pen.text((_MARGIN + _AXIS_WIDTH, top), f"Image {image + 1}: subject {percent(share)}, style {percent(1 - share)}")
         left = _MARGIN + _AXIS_WIDTH
-        plot = _plot(_colours(trace, image)[:, columns], lefts, cell_width, cell_height)
-        picture.paste(plot, (left, top + caption))
+        picture.paste(plot(_colours(trace, image)[:, columns], lefts, cell_width, cell_height), (left, top + caption))
         _step_axis(pen, left, top + caption, steps, cell_height)
         _layer_axis(pen, left, top + caption + plot_height, blocks, lefts, cell_width)
         top += panel
@@ -169,33 +190,50 @@ def _column_lefts(blocks: Sequence[Block], cell_width: int, gap: int) -> list[in
 
 
 def _colours(trace: Trace, image: int) -> Tensor:
-    """(steps, sites, 3) uint8: the LoRAs' colours in their parts, on white by how much of them is used in all."""
-    palette = torch.tensor(colours_of(trace.members), dtype=torch.float32)
-    used = trace.weights[:, :, image].abs().sum(-1, keepdim=True)
-    # Two LoRAs at full strength are no louder than one on the map: what it shows is who is heard.
-    loudness = (used / used.amax(0, keepdim=True).clamp(1e-9, 1.0)).clamp(0, 1)
-    mixed = trace.shares[:, :, image] @ palette
+    """(steps, sites, 3) uint8: as on white."""
+    mixed, loudness = _mixed(trace, image)
     colours = (mixed * loudness + 255 * (1 - loudness)).round().to(torch.uint8)
     colours[:, ~trace.decided] = torch.tensor(ONE_SIDED, dtype=torch.uint8)
     colours[~trace.reached] = torch.tensor(NOT_REACHED, dtype=torch.uint8)
     return colours
 
 
-def _plot(colours: Tensor, lefts: Sequence[int], cell_width: int, cell_height: int) -> Image.Image:
-    steps = colours.shape[0]
-    pixels = torch.full((steps, lefts[-1] + cell_width, 3), 255, dtype=torch.uint8)
+def painted(trace: Trace, image: int) -> Tensor:
+    """(steps, sites, 4) uint8, RGBA, for any background."""
+    mixed, loudness = _mixed(trace, image)
+    colours = torch.cat([mixed, 255 * loudness], -1).round().to(torch.uint8)
+    colours[:, ~trace.decided] = torch.tensor((*ONE_SIDED, 255), dtype=torch.uint8)
+    colours[~trace.reached] = torch.tensor(_PALE, dtype=torch.uint8)
+    return colours
+
+
+def _mixed(trace: Trace, image: int) -> tuple[Tensor, Tensor]:
+    """(steps, sites, 3): the LoRAs' colours in their parts. (steps, sites, 1), 0 to 1: how much of them is used in all."""
+    palette = torch.tensor(colours_of(trace.members), dtype=torch.float32)
+    used = trace.weights[:, :, image].abs().sum(-1, keepdim=True)
+    # Two LoRAs at full strength are no louder than one on the map: what it shows is who is heard.
+    loudness = (used / used.amax(0, keepdim=True).clamp(1e-9, 1.0)).clamp(0, 1)
+    return trace.shares[:, :, image] @ palette, loudness
+
+
+def plot(colours: Tensor, lefts: Sequence[int], cell_width: int, cell_height: int) -> Image.Image:
+    """The cells without a frame. colours: (steps, columns, 3 or 4) uint8. lefts: of the columns, in pixels. Between them it is
+    white, or transparent.
+    """
+    steps, _, channels = colours.shape
+    pixels = torch.full((steps, lefts[-1] + cell_width, channels), 255 if channels == 3 else 0, dtype=torch.uint8)
     places = torch.tensor(lefts)[:, None] + torch.arange(cell_width)
     pixels[:, places.flatten()] = colours.repeat_interleave(cell_width, 1)
     if cell_width >= 12:
-        pixels[:, torch.tensor(lefts[1:], dtype=torch.long)] = 255
+        pixels[:, torch.tensor(lefts[1:], dtype=torch.long)] = 255 if channels == 3 else 0
     pixels = pixels.repeat_interleave(cell_height, 0)
     if cell_height >= 14:
-        pixels[cell_height::cell_height] = 255
+        pixels[cell_height::cell_height] = 255 if channels == 3 else 0
     return Image.fromarray(pixels.numpy())
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A LoRA in the legend. share: of all that was used where there was a choice."""
 
     role: str
@@ -204,24 +242,25 @@ class _Entry:
     share: float
 
 
-def _entries(trace: Trace, names: Sequence[str]) -> list[_Entry]:
+def entries(trace: Trace, names: Sequence[str]) -> list[Entry]:
+    """names: in place of the LoRAs' own, as far as they go."""
     chosen = trace.reached & trace.decided
     shares = trace.shares[chosen].mean((0, 1)).tolist() if chosen.any() else [0.0] * len(trace.members)
     return [
-        _Entry("Subject" if member.subject else "Style", name, colour, share)
+        Entry("Subject" if member.subject else "Style", name, colour, share)
         for member, name, colour, share in zip(
             trace.members, [*names, *(member.name for member in trace.members[len(names) :])], colours_of(trace.members), shares
         )
     ]
 
 
-def _legend(pen: _Pen, width: int, entries: Sequence[_Entry], one_sided: int, layers: int, decided: bool) -> None:
+def _legend(pen: _Pen, width: int, entries: Sequence[Entry], one_sided: int, layers: int, decided: bool) -> None:
     """Two LoRAs to a line, with their shares, and a line on what was not chosen."""
     top = _MARGIN
     for first in range(0, len(entries), 2):
         x = _MARGIN
         for entry in entries[first : first + 2]:
-            ending = f"  {_percent(entry.share)}" if decided else ""
+            ending = f"  {percent(entry.share)}" if decided else ""
             room = width // 2 - 34 - pen.width(f"{entry.role}: {ending}")
             text = f"{entry.role}: {pen.fitted(entry.name, room)}{ending}"
             _swatch(pen, x, top, entry.colour)
@@ -278,7 +317,7 @@ def _layer_axis(pen: _Pen, left: int, top: int, blocks: Sequence[Block], lefts: 
             names_end = place + pen.width(group)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """Whole percents, but neither 0 % nor 100 % for a LoRA that won, or lost, a little."""
     percent = round(100 * share)
     if percent in (0, 100) and share not in (0.0, 1.0):
@@ -292,4 +331,7 @@ def _sentence(text: str) -> Image.Image:
     return picture
 
 
-__all__ = ["NOT_REACHED", "ONE_SIDED", "STYLE", "SUBJECT", "colours_of", "draw", "text_font"]
+__all__ = [
+    *("MORE_STYLES", "MORE_SUBJECTS", "NOT_REACHED", "ONE_SIDED", "STYLE", "SUBJECT"),
+    *("Block", "Entry", "Layout", "colours_of", "draw", "entries", "painted", "percent", "plot", "text_font"),
+]

@@ -106,10 +106,12 @@ class FusionSession:
         own_weight: OwnWeight | None = None,
         rule: Rule | None = None,
         steps: int = 0,
+        watched: bool = False,
     ):
         """weight_of: gives a layer's dequantised weight; called only for kinds that depend on it. own_weight: gives the very tensor that a
-        layer's forward computes with, or None where the host may write to it in there. rule: in place of the settings' method. Raises
-        FusionError.
+        layer's forward computes with, or None where the host may write to it in there. rule: in place of the settings' method. watched:
+        measure from the second step on what the paper's selection goes by, also where the method does not (see trace.selected); methods
+        that rewrite the LoRAs, or predict with each alone, leave nothing to measure. Raises FusionError.
         """
         subjects, styles = ((files,) if isinstance(files, LoraFile) else tuple(files) for files in (subject, style))
         files = (*subjects, *styles)
@@ -129,7 +131,8 @@ class FusionSession:
             *one_each(settings.subject_schedules, len(subjects), "subject_weight"),
             *one_each(settings.style_schedules, len(styles), "style_weight"),
         )
-        self._state = FusionState(settings, rule, schedules)
+        watched = watched and not (rule.measures or rule.rewrites or rule.composes)
+        self._state = FusionState(settings, rule, schedules, watched)
         self._depth = 0
         modules = _layers(model)
         self.shapes = layer_shapes(model)

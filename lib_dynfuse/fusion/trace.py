@@ -8,8 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..lora.branch import Dense, LowRank
 from ..lora.naming import Site
-from .rules import Member
+from ..settings import FuseSettings
+from .rules import RULES, Member, Places, Votes
+from .step import Step
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,31 @@ class Trace:
                 return None
             weights.append(found[0, 0].item() if found.numel() else 0.0)
         return weights if self.reached.any() and self.weights.shape[2] else None
+
+    def selected(self, settings: FuseSettings) -> Trace | None:
+        """What the paper's selection would have used, by what was measured; None where nothing was. Whole weights: of who won.
+
+        settings: bias, balance and tilt count.
+        """
+        if not self.measured.any():
+            return None
+        rule = RULES["dynfuse"]()
+
+        def unknown(site: int, member: int) -> LowRank | Dense:
+            raise AssertionError("a selection goes by what was measured")
+
+        rule.prepare(Places(self.sites, self.members, self.present, settings, unknown))
+        chosen = torch.zeros_like(self.weights)
+        for number, measured in enumerate(self.measured):
+            if measured.any():
+                votes = Votes(self.divergences[number, measured], self.present[measured].unsqueeze(1))
+                step = Step.of(number, len(self.measured))
+                chosen[number, measured] = rule.weights(step, votes)
+                rule.observe(step, votes)
+        alone = self.reached & ~self.decided
+        for number, sites in enumerate(alone):
+            chosen[number, sites] = self.present[sites].float().unsqueeze(1)
+        return replace(self, weights=chosen, reached=self.measured | alone)
 
     def of_image(self, image: int) -> Trace:
         """The record of one image of the batch."""

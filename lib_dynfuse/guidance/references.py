@@ -141,11 +141,7 @@ class ReferenceCache:
 
     def keep_picture(self, image: Image.Image) -> str:
         """Keep a picture that the user gave. Returns 16 hex digits that stand for its contents. Raises OSError."""
-        # A photo on a transparent ground would else show whatever colour hides there.
-        picture = image.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(ground, picture).convert("RGB")
-        picture.thumbnail((_LARGEST_GIVEN, _LARGEST_GIVEN), Image.Resampling.LANCZOS)
+        picture = as_kept(image)
         name = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:16]
         path = self._given(name)
         if path.exists():
@@ -267,6 +263,16 @@ class ReferenceCache:
         except OSError:
             return False
         return True
+
+
+def as_kept(image: Image.Image) -> Image.Image:
+    """What is kept of a picture that the user gave: RGB, at most 2048 pixels on its longer side. Of such a picture, the same pixels."""
+    # A photo on a transparent ground would else show whatever colour hides there.
+    picture = image.convert("RGBA")
+    ground = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(ground, picture).convert("RGB")
+    picture.thumbnail((_LARGEST_GIVEN, _LARGEST_GIVEN), Image.Resampling.LANCZOS)
+    return picture
 
 
 def sides_needed(settings: FuseSettings) -> tuple[str, ...]:

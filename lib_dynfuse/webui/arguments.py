@@ -7,7 +7,7 @@ Two forms, both starting with the panel's switch:
 
 Behind the fields the panel has a text for each of WEIGHTS, which goes before the number unless it is empty: a slider holds no points.
 
-A picture comes as a PIL image (panel) or in base64 (API), is kept in the cache of references, and from then on is the few digits
+A picture comes in base64, or as a PIL image from other code, is kept in the cache of references, and from then on is the few digits
 that stand for it there: a tag and an infotext never hold the picture itself.
 """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import html
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,12 @@ from PIL import Image
 
 from ..fusion.rules import RULES
 from ..hosts.webui.host import WebUIHost
-from ..hosts.webui.passes import Recipe
-from ..settings import LORA_FIELDS, PRESETS, SettingsError, default_value, field_metadata, field_types, split_names
+from ..settings import LORA_FIELDS, PRESET, PRESETS, SettingsError, default_value, field_metadata, field_types, preset_names, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
-from . import gallery, inspector, own_presets, pictures, saving
+from . import gallery, inspector, own_presets, pictures, result
 from .arguments import WEIGHTS
+from .given_picture import GivenPicture
 
 TITLE = "DynFuse"
 SWITCH_TOOLTIP = "Fuse a subject LoRA and a style LoRA. A <dynfuse:...> tag in the prompt goes before what is chosen here."
@@ -57,13 +58,6 @@ GUIDANCE_ROWS = (
 )
 PROMPT_PLACEHOLDER = "LoRA's activation text, else the prompt"
 PLACEHOLDERS = {"hr": "0.7 or 0.7/1", "subject_blocks": BLOCKS_EXAMPLE, "style_blocks": BLOCKS_EXAMPLE}
-SAVING_TOOLTIPS = (
-    "Name of a new LoRA that does on average what this picture's did: each LoRA, in each layer, at the mean of its weights over the steps. "
-    "It needs no DynFuse. A LoRA of that name is never overwritten.",
-    "0: exact, as large as all LoRAs together. Else at most this rank in each layer: a smaller file, which loses a little; how much is "
-    "said.",
-    "Write the file into the WebUI's folder for LoRAs. Large models take up to some minutes when a rank is given.",
-)
 WEIGHT_TEXT_TOOLTIP = (
     "In place of the slider above: the weight over the steps, as points weight@place with straight lines between them. A place is a "
     "fraction of the steps (0.3), or a step's number (5). For several LoRAs also one each: 1+0.5. Empty: the slider's."
@@ -79,29 +73,17 @@ def _unplaced() -> list[tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class Saving:
-    """The controls under a result that save its LoRAs as one. part: all of them, to be shown or hidden. message: what became of it."""
-
-    part: Any
-    name: Any
-    rank: Any
-    button: Any
-    message: Any
-
-
-@dataclass(frozen=True)
 class Panel:
     """The built controls.
 
     enabled: the switch. fields: by field name, in the order of FuseSettings. texts: of the weights, by name (see weight_text). result:
-    where the job's pictures go. saving: what is under it. references: where the kept references are shown.
+    where what is known of the job's pictures goes. references: where the kept references are shown.
     """
 
     enabled: Any
     fields: dict[str, Any]
     texts: dict[str, Any]
-    result: Any
-    saving: Saving
+    result: result.Result
     references: Any
 
     @property
@@ -181,6 +163,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
         with gr.Row(elem_classes=["dynfuse-row", "dynfuse-tilt"]):
             add(BETWEEN)
         chosen = gr.HTML(value="", elem_id=element("chosen"))
+        gr.HTML(value=_keys, elem_id=element("keys"), elem_classes=["dynfuse-unseen"])
         with gr.Row(elem_classes=["dynfuse-row"]):
             for name in TOP_ROW:
                 add(name)
@@ -233,11 +216,10 @@ def build(tab: str, host: WebUIHost) -> Panel:
             _quietly(fields[name].change, functools.partial(inspector.chosen_html, host, tab), inputs=both, outputs=[chosen])
         sides = [fields[name] for name in _sided(fields)]
         _quietly(swap.click, functools.partial(_swapped, _sided(fields)), inputs=sides, outputs=sides)
-        result = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
-        below = _saving(element)
+        shown = result.build(element)
 
     texts = {name: fields.pop(name) for name in WEIGHT_TEXTS}
-    return Panel(enabled, {name: fields[name] for name in field_types()}, texts, result, below, references)
+    return Panel(enabled, {name: fields[name] for name in field_types()}, texts, shown, references)
 
 
 def _explained(method: str | None, contrast: float | None) -> str:
@@ -250,6 +232,15 @@ def _explained(method: str | None, contrast: float | None) -> str:
     strength = rule.contrast if own else contrast
     told = f"contrast {strength:g}{', as the method has it' if own else ''}" if strength else "no contrast"
     return f"<p><b>{html.escape(rule.name)}</b>{recommended}: {html.escape(rule.summary)}; {told}.</p>"
+
+
+def _keys() -> str:
+    """What a tag may hold behind its names, and the choices of each, for the completion of tags (javascript/dynfuse_completion.js)."""
+    known = {PRESET: list(preset_names())}
+    for name, kind in field_types().items():
+        if name not in LORA_FIELDS and not field_metadata(name)["picture"]:
+            known[name] = ["true", "false"] if kind is bool else list(field_metadata(name)["choices"])
+    return f'<span data-keys="{html.escape(json.dumps(known))}"></span>'
 
 
 def _sided(names: Iterable[str]) -> list[str]:
@@ -267,44 +258,6 @@ def _swapped(names: Sequence[str], *values: Any) -> list[Any]:
     subject, _, style = str(hires or "").partition("/")
     exchanged = f"{style.strip()}/{subject.strip()}".removesuffix("/")
     return [value for place in range(0, len(names) - 1, 2) for value in (sided[place + 1], sided[place])] + [exchanged]
-
-
-def refresh_result_on_change(component: Any, panel: Panel, result_html: Callable[[str], str], host: WebUIHost) -> None:
-    """Show result_html(value), and the references that are kept now, in the panel whenever component's value changes.
-
-    component: the host's hidden "generation_info" box of the tab, which every finished job fills anew, in the browser that asked for it.
-    """
-
-    def after_job(information: str) -> tuple[str, str]:
-        return result_html(information), gallery.gallery_html(host.reference_cache)
-
-    _quietly(component.change, after_job, inputs=[component], outputs=[panel.result, panel.references])
-
-
-def offer_to_save(component: Any, panel: Panel, recipe: Callable[[str], Recipe | None], host: WebUIHost) -> None:
-    """Show the controls that save a job's LoRAs as one where recipe(component's value) gives something to save, and let them work.
-
-    component: as for refresh_result_on_change.
-    """
-    controls = panel.saving
-
-    def after_job(information: str) -> tuple[Any, Any, str]:
-        found = recipe(information) if host.catalogue.folder() is not None else None
-        name = saving.proposed_name(found.settings, host.catalogue) if found is not None else ""
-        return gr.update(visible=found is not None), name, ""
-
-    def save(information: str, name: str, rank: Any) -> str:
-        return saving.save(recipe(information), name, rank, host.catalogue)
-
-    def choices() -> list[Any]:
-        return [gr.update(choices=host.catalogue.names()) for _ in LORA_FIELDS]
-
-    _quietly(component.change, after_job, inputs=[component], outputs=[controls.part, controls.name, controls.message])
-    # Singular values of a large model take a minute: the message's place shows that something is under way.
-    pressed = controls.button.click(
-        fn=save, inputs=[component, controls.name, controls.rank], outputs=[controls.message], show_progress="full", queue=False
-    )
-    _quietly(pressed.then, choices, inputs=[], outputs=[panel.fields[name] for name in LORA_FIELDS])
 
 
 @functools.cache
@@ -382,9 +335,7 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     elif name == "criterion":
         control = gr.Radio(choices=list(metadata["choices"]), **common)
     elif metadata["picture"]:
-        control = gr.Image(
-            **{**common, "value": None}, type="pil", interactive=True, show_label=False, height=128, **_plain_image_arguments()
-        )
+        control = GivenPicture(**{**common, "value": None}, type="pil", interactive=True, height=150, **_plain_image_arguments())
     elif field_types()[name] is bool:
         control = gr.Checkbox(elem_classes=["dynfuse-switch"], **common)
     elif metadata["choices"]:
@@ -401,20 +352,6 @@ def _control(name: str, element: str, host: WebUIHost) -> Any:
     # The hosts turn this attribute into the element's title (javascript/hints.js); gradio itself has no tooltips.
     control.webui_tooltip = metadata["tooltip"]
     return control
-
-
-def _saving(element: Callable[[str], str]) -> Saving:
-    with gr.Column(visible=False, elem_id=element("saving"), elem_classes=["dynfuse-saving"]) as part:
-        with gr.Row(elem_classes=["dynfuse-row"]):
-            name = gr.Textbox(label="Save as one LoRA", value="", max_lines=1, elem_id=element("saving_name"))
-            rank = gr.Slider(label="Rank of the saved LoRA", value=0, minimum=0, maximum=128, step=1, elem_id=element("saving_rank"))
-            with gr.Column(elem_classes=["dynfuse-saving-button"], scale=0, min_width=100):
-                button = gr.Button("Save LoRA", elem_id=element("saving_button"), size="sm")
-        message = gr.HTML(value="", elem_id=element("saving_message"), elem_classes=["dynfuse-saved"])
-    name.do_not_save_to_config = True  # a proposal for one picture is no default
-    for control, tooltip in zip((name, rank, button), SAVING_TOOLTIPS):
-        control.webui_tooltip = tooltip
-    return Saving(part, name, rank, button, message)
 
 
 def _weight_text(name: str, element: str) -> Any:

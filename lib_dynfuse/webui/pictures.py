@@ -20,6 +20,16 @@ def picture_address(image: Image.Image, file_format: str = "PNG") -> str:
     return f"data:image/{file_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def is_address(value: object) -> bool:
+    """Whether it is what picture_address made."""
+    return isinstance(value, str) and value.startswith("data:image/")
+
+
+def picture_at(address: str) -> Image.Image:
+    """The picture of such an address."""
+    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+
+
 def shown_address(image: Image.Image) -> str:
     """An address of the whole picture, made smaller to fit into a square of SHOWN_SIZE pixels."""
     shown = image.convert("RGB")

@@ -10,7 +10,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -21,13 +21,13 @@ from ..guidance.guide import GuidanceRecord
 from ..guidance.references import Reference
 from ..hosts.webui.passes import FusionPass, Recipe
 from ..settings import FuseSettings
-from . import options, pictures
+from . import map_page, options, pictures
 
 # What the host saves of an image besides the image itself (modules/processing.py, images.save_image(..., suffix=)).
 _OTHER_SAVES = ("-before-highres-fix", "-before-face-restoration", "-before-color-correction", "-mask", "-mask-composite", "-init-image")
 
-# About as wide as the panel: its letters are then read as they were drawn.
-CURVE_WIDTH = 640
+# About as wide as its place in the panel: its letters are then read as they were drawn.
+CURVE_WIDTH = 480
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,21 @@ class _Seen:
     recipe: Recipe | None
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What is kept of a batch. seeds: of its pictures."""
+
+    passes: tuple[_Seen, ...]
+    seeds: tuple[int, ...]
+
+
 _KEPT = 12
-_seen_jobs: dict[str, OrderedDict[str, list[_Seen]]] = {}
+_MOST_PICTURES = 64
+_seen_jobs: dict[str, OrderedDict[str, list[Batch]]] = {}
 """By tab and job, the newest last: several browsers may have jobs of the same tab."""
+
+USED, SELECTED = "what was used", "what the selection would choose"
+VIEWS = (USED, SELECTED)
 
 
 def job_of(processed: Any) -> str:
@@ -63,36 +75,84 @@ def job_of(processed: Any) -> str:
     return str(getattr(processed, "job_timestamp", ""))
 
 
-def remember(tab: str, job: str, passes: Sequence[FusionPass]) -> None:
-    """Keep the passes of a finished job's last batch. job: see job_of."""
+def batch_of(passes: Sequence[FusionPass], seeds: Sequence[int]) -> Batch:
+    """What is kept of a batch whose pictures are done."""
+    return Batch(tuple(_seen(p) for p in passes), tuple(int(seed) for seed in seeds))
+
+
+def remember(tab: str, job: str, batches: Sequence[Batch]) -> None:
+    """Keep a finished job. job: see job_of. A plot runs several under one stamp: their pictures come one after another."""
     jobs = _seen_jobs.setdefault(tab, OrderedDict())
-    jobs[job] = [_seen(p) for p in passes]
-    jobs.move_to_end(job)
-    while len(jobs) > _KEPT:
+    if not batches:
+        return
+    own = [*jobs.pop(job, []), *batches]
+    while len(own) > 1 and sum(len(batch.seeds) for batch in own) > _MOST_PICTURES:
+        own.pop()
+    jobs[job] = own
+    while len(jobs) > _KEPT or (len(jobs) > 1 and sum(len(batch.seeds) for kept in jobs.values() for batch in kept) > _MOST_PICTURES):
         jobs.popitem(last=False)
 
 
-def result_html(tab: str, information: str) -> str:
-    """The panel's view of the job whose pictures the browser shows; empty if it was not fused. information: what came with them, JSON."""
-    passes = _passes(tab, information)
-    figures = "".join(_pass_html(p) for p in passes)
+@dataclass(frozen=True)
+class Shown:
+    """One picture of the job that the browser has.
+
+    title: "Picture 2 of 4, seed 8". place: in its batch. passes: of that.
+    """
+
+    title: str
+    place: int
+    passes: tuple[_Seen, ...]
+
+
+def pictures_of(tab: str, job: str | None) -> list[Shown]:
+    """Those of which something is known, in the order in which they were made. job: see job_of."""
+    places = [(batch, place) for batch in _batches(tab, job) for place in range(max(1, len(batch.seeds)))]
+    shown = []
+    for number, (batch, place) in enumerate(places, 1):
+        seed = f", seed {batch.seeds[place]}" if batch.seeds else ""
+        title = f"Picture {number} of {len(places)}{seed}" if len(places) > 1 else f"The picture{seed}"
+        shown.append(Shown(title, place, batch.passes))
+    return shown
+
+
+def has_selection(shown: Shown) -> bool:
+    """Whether it was measured what the selection would choose, where something else was used."""
+    return any(_selected(p) is not None for p in shown.passes)
+
+
+def map_part(shown: Shown, view: str = USED) -> str:
+    """The selection maps of a picture, one of VIEWS."""
+    return "".join(_map_html(p, shown, view) for p in shown.passes)
+
+
+def beside_part(shown: Shown) -> str:
+    """What stands beside them: references, curves and notes."""
+    curves = "".join(_curve_html(p) for p in shown.passes)
     # Every pass of a job is steered towards the same two.
-    references = next((p.references for p in reversed(passes) if p.references), ())
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(note for p in passes for note in p.notes))
-    return figures + _references_html(references) + (f"<ul>{notes}</ul>" if notes else "")
+    references = next((p.references for p in reversed(shown.passes) if p.references), ())
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(note for p in shown.passes for note in p.notes))
+    return _references_html(references) + curves + (f"<ul>{notes}</ul>" if notes else "")
 
 
-def recipe(tab: str, information: str) -> Recipe | None:
-    """Of the last pass of the job that the browser shows; None if nothing was fused."""
-    return next((p.recipe for p in reversed(_passes(tab, information)) if p.recipe is not None), None)
+def recipe(shown: Shown) -> Recipe | None:
+    """Of the last pass of a picture; None if nothing was fused."""
+    found = next((p.recipe for p in reversed(shown.passes) if p.recipe is not None), None)
+    if found is None or found.trace.weights.shape[2] <= shown.place:
+        return found
+    return replace(found, trace=found.trace.of_image(shown.place))
 
 
-def _passes(tab: str, information: str) -> list[_Seen]:
+def job_in(information: str | None) -> str:
+    """The job whose pictures a browser has, which it keeps over a reload of the page. Empty for a tab without pictures."""
     try:
-        job = str(json.loads(information)["job_timestamp"])
-    except (KeyError, TypeError, ValueError):  # a tab without pictures has no text
-        return []
-    return _seen_jobs.get(tab, OrderedDict()).get(job, [])
+        return str(json.loads(information or "")["job_timestamp"])
+    except (KeyError, TypeError, ValueError):
+        return ""
+
+
+def _batches(tab: str, job: str | None) -> list[Batch]:
+    return _seen_jobs.get(tab, OrderedDict()).get(job or "", [])
 
 
 def save_beside(filename: str, passes: Sequence[FusionPass]) -> None:
@@ -126,43 +186,44 @@ def _record(p: FusionPass) -> GuidanceRecord | None:
 
 
 def _map(trace: Trace | None, settings: FuseSettings | None) -> Image.Image | None:
-    """None also where it would be a field of one colour: see _said."""
+    """None also where it would be a field of one colour."""
     if trace is None or trace.uniform is not None:
         return None
     assert settings is not None, "a pass that ran had settings"
     return selection_map.draw(trace, *settings.subjects, *settings.styles)
 
 
-def _said(trace: Trace | None, settings: FuseSettings | None) -> str:
-    """What a map has no need to show."""
-    weights = trace.uniform if trace is not None else None
-    if weights is None:
-        return ""
-    assert settings is not None, "a pass that ran had settings"
-    told = " and ".join(f"{html.escape(name)} at {weight:.3g}" for name, weight in zip(settings.subjects + settings.styles, weights))
-    return f"<p>Every layer used {told}, at every step.</p>"
-
-
 def _curve(record: GuidanceRecord | None, width: int = CURVE_WIDTH) -> Image.Image | None:
     return curve.draw(record, width) if record is not None and record.steps else None
 
 
-def _pass_html(p: _Seen) -> str:
-    title = "Hires pass" if p.hires else ""
-    drawn = [
-        (_map(p.trace, p.settings), "Selection map: steps by layers"),
-        (_curve(p.record), "Similarities to the references over the steps"),
-    ]
-    shown = [(picture, text) for picture, text in drawn if picture is not None]
-    said = _said(p.trace, p.settings)
-    if said and title and not shown:
-        said = f"<p>{title}</p>{said}"
-    return said + "".join(_figure(picture, text, title if index == 0 else "") for index, (picture, text) in enumerate(shown))
+def _selected(p: _Seen) -> Trace | None:
+    """What the selection would have used, where the pass used something else."""
+    return p.trace.selected(p.settings) if p.trace is not None and p.settings is not None and p.settings.method != "dynfuse" else None
 
 
-def _figure(picture: Image.Image, text: str, title: str) -> str:
-    caption = f"<figcaption>{title}</figcaption>" if title else ""
-    return f'<figure>{caption}<img src="{pictures.picture_address(picture)}" alt="{text}"></figure>'
+def _map_html(p: _Seen, shown: Shown, view: str) -> str:
+    trace = _selected(p) if view == SELECTED else p.trace
+    if trace is None or p.settings is None or not len(trace.weights) or trace.weights.shape[2] <= shown.place:
+        return ""
+    names = (*p.settings.subjects, *p.settings.styles)
+    part = f"{'hires pass, ' if p.hires else ''}{view}"
+    weights = trace.of_image(shown.place).uniform if view == USED else None
+    if weights is None:
+        return map_page.map_html(trace, shown.place, names, f"{shown.title}: {part}")
+    # In place of a field of one colour.
+    told = " and ".join(f"{html.escape(name)} at {weight:.3g}" for name, weight in zip(names, weights))
+    return f"<p><b>{html.escape(shown.title)}</b>{': hires pass' if p.hires else ''}</p><p>Every layer used {told}, at every step.</p>"
+
+
+def _curve_html(p: _Seen) -> str:
+    picture = _curve(p.record)
+    if picture is None:
+        return ""
+    caption = f"Guidance{', hires pass' if p.hires else ''}"
+    alt = "Similarities to the references over the steps"
+    address = pictures.picture_address(picture)
+    return f'<figure class="dynfuse-curve"><figcaption>{caption}</figcaption><img src="{address}" alt="{alt}"></figure>'
 
 
 def _references_html(references: Sequence[_SeenReference]) -> str:

@@ -19,9 +19,9 @@ from modules import errors, extra_networks, script_callbacks, scripts
 from ..fusion.rules import RULES
 from ..guidance.guide import wants_guidance
 from ..hosts.webui.detect import detect
-from ..settings import FuseSettings, SettingsError, use_own_presets
+from ..settings import LORA_FIELDS, FuseSettings, SettingsError, use_own_presets
 from ..text import infotext, tag
-from . import axes, options, panel, results
+from . import axes, options, panel, result, results
 from .arguments import read_arguments
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class DynFuseScript(scripts.Script):
 
     def __init__(self) -> None:
         self._panel: panel.Panel | None = None
+        self._batches: list[results.Batch] = []
 
     def title(self) -> str:
         return panel.TITLE
@@ -93,12 +94,15 @@ class DynFuseScript(scripts.Script):
         tab = _tab(self.is_img2img)
         if self._panel is not None and kwargs.get("elem_id") == f"generation_info_{tab}":
             host = detect()
-            panel.refresh_result_on_change(component, self._panel, functools.partial(results.result_html, tab), host)
-            panel.offer_to_save(component, self._panel, functools.partial(results.recipe, tab), host)
+            result.wire(
+                component, self._panel.result, tab, host, self._panel.references, [self._panel.fields[side] for side in LORA_FIELDS]
+            )
 
     @_harmless
     def process(self, p: Any, *arguments: Any) -> None:
         host = detect()
+        if not host.is_inner(p):
+            self._batches = []
         off = host.off
         if off is None:
             for name in ("all_prompts", "all_hr_prompts"):
@@ -160,9 +164,17 @@ class DynFuseScript(scripts.Script):
         detect().before_sampling(p)
 
     @_harmless
+    def postprocess_batch(self, p: Any, *arguments: Any, batch_number: int = 0, **kwargs: Any) -> None:
+        if not detect().is_inner(p):
+            size = getattr(p, "batch_size", 1)
+            seeds = p.all_seeds[batch_number * size : (batch_number + 1) * size]
+            self._batches.append(results.batch_of(detect().passes(p), seeds))
+
+    @_harmless
     def postprocess(self, p: Any, processed: Any, *arguments: Any) -> None:
         if not detect().is_inner(p):
-            results.remember(_tab(self.is_img2img), results.job_of(processed), detect().passes(p))
+            batches, self._batches = self._batches, []
+            results.remember(_tab(self.is_img2img), results.job_of(processed), [batch for batch in batches if batch.passes])
 
 
 class DynFuseNetwork(extra_networks.ExtraNetwork):

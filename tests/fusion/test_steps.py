@@ -435,3 +435,27 @@ def test_a_step_without_a_call_is_none(model, loras, decide):
     for one, two in zip(run(session, model, steps[2:], rows), run(fresh, model, steps, rows)[2:], strict=True):
         for name in NAMES:
             torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["balanced", "direct", "klora", "switch"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_what_the_selection_would_choose_is_recorded_under_other_methods(model, loras, deltas, method, images):
+    """And changes nothing of the picture. From the second step on, with the LoRAs as strong as they are then."""
+    settings = FuseSettings(method=method, vote_tokens=0, style_weight="0.6@0,1.2@1", bias=0.9)
+    steps, rows = latents(2 * images), Rows((*range(images),) * 2, (False,) * images + (True,) * images, images)
+    plain, watched = (FusionSession(model, *loras[:2], settings, watched=watches) for watches in (False, True))
+    for one, other in zip(run(plain, model, steps, rows), run(watched, model, steps, rows)):
+        assert all(torch.equal(one[name], other[name]) for name in NAMES)
+    assert plain.trace.selected(settings) is None
+    trace = watched.trace
+    assert trace.measured.all(1).tolist() == [False, True, True, True]
+    chosen = trace.selected(settings)
+    torch.testing.assert_close(trace.weights, plain.trace.weights)
+    for number, x in list(enumerate(steps))[1:]:
+        for position, name in enumerate(NAMES):
+            expected = divergences(model, name, x, deltas[:2], (1.0, 0.6 + 0.6 * number / (STEPS - 1)))[:, images:]
+            torch.testing.assert_close(trace.divergences[number, position].t().double(), expected, rtol=1e-4, atol=1e-7)
+            subject = (expected[0] >= 0.9 * expected[1]).float()
+            assert chosen.weights[number, position].t().tolist() == [subject.tolist(), (1 - subject).tolist()]
+    assert not chosen.reached[0].any()
+    assert 0 < chosen.subject_shares[1:].mean() < 1

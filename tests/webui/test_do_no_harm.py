@@ -11,7 +11,7 @@ from tests.webui.conftest import Job, extra_network_data
 
 PAIR = {"subject": "dog", "style": "watercolor"}
 SENTENCE = "DynFuse is off in this WebUI, which works as if it were not installed: networks.load_networks is missing."
-HOOKS = ("process", "before_process_batch", "process_batch", "process_before_every_sampling", "postprocess")
+HOOKS = ("process", "before_process_batch", "process_batch", "process_before_every_sampling", "postprocess_batch", "postprocess")
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The panel is built with the installed gradio: 3.41 in A1111's environment, 4.40 in Forge's."""
 
+import json
+
 import gradio as gr
 import pytest
 from PIL import Image
@@ -8,6 +10,7 @@ from lib_dynfuse.settings import LORA_FIELDS, METHODS, FuseSettings, field_metad
 from lib_dynfuse.text import infotext
 from lib_dynfuse.webui import panel
 from lib_dynfuse.webui.arguments import read_arguments
+from lib_dynfuse.webui.pictures import picture_address
 from tests.webui.conftest import FakeHost
 
 WEIGHT_TEXTS = ["Subject weight over the steps", "Style weight over the steps"]
@@ -243,15 +246,35 @@ def test_the_kept_references_are_shown_and_cleared(references, host):
     assert "0 pictures removed" in clear()
 
 
-def test_a_finished_job_shows_its_result_and_the_references_it_left(webui, host):
-    with gr.Blocks() as demo:
-        made = panel.build("txt2img", host)
-        panel.refresh_result_on_change(gr.Textbox(elem_id="dynfuse_txt2img_box"), made, lambda information: "<p>map</p>", host)
-    (after_job,) = behind(demo, "box")
-    host.reference_cache.keep_picture(Image.new("RGB", (20, 10)))
-    result, references = after_job("{}")
-    assert result == "<p>map</p>"
-    assert "1 picture kept" in references
+@pytest.mark.parametrize("text", [None, "a picture", "a path"])
+def test_a_given_picture_is_text_that_json_can_hold(built, host, tmp_path, text):
+    """Distributed generation hands the script's arguments to another machine."""
+    _, made, _ = built
+    control = made.fields["style_image"]
+    picture = Image.new("RGBA", (30, 20), (255, 0, 0, 255))
+    if text is None:
+        assert control.preprocess(None) is None
+        return
+    if text == "a path":  # what a paste brings back, and the swap button hands from one place to the other
+        shown = control.postprocess(control.preprocess(sent_to(control, picture, tmp_path)))
+        assert shown
+    sent = json.loads(json.dumps([True, *arguments(made, style_image=control.preprocess(sent_to(control, picture, tmp_path)))]))
+    settings = read_arguments(sent, host.reference_cache)
+    assert host.reference_cache.picture(settings.style_image).getpixel((3, 3)) == (255, 0, 0)
+    assert settings.style_image == host.reference_cache.keep_picture(picture)
+
+
+def arguments(made, **given):
+    values = {name: control.value for name, control in {**made.fields, **made.texts}.items()}
+    return {**values, "subject": ["dog"], "style": ["watercolor"], **given}.values()
+
+
+def sent_to(control, picture, folder):
+    """What the page sends for a picture: gradio 3 base64, 4 a file."""
+    if gr.__version__.startswith("3."):
+        return picture_address(picture)
+    picture.save(folder / "given.png")
+    return control.data_model(path=str(folder / "given.png"))
 
 
 @pytest.fixture

@@ -1,18 +1,23 @@
 import base64
 import dataclasses
 import io
+import json
+import re
 import types
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lib_dynfuse.fusion.rules import Member
+from lib_dynfuse.fusion.selection_map import STYLE, SUBJECT
 from lib_dynfuse.fusion.trace import Trace
 from lib_dynfuse.guidance import curve
 from lib_dynfuse.guidance.encoders import Embeddings
 from lib_dynfuse.guidance.guide import GuidanceRecord
 from lib_dynfuse.guidance.references import Reference
+from lib_dynfuse.hosts.webui.passes import Recipe
 from lib_dynfuse.lora.naming import Site
 from lib_dynfuse.settings import FuseSettings
 from lib_dynfuse.webui import results
@@ -53,22 +58,40 @@ def saving(webui, tmp_path):
     return tmp_path
 
 
-ONE = '{"job_timestamp": "1", "all_seeds": [7]}'
-"""What the browser has of job 1."""
-
-
 def saved(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.fixture(autouse=True)
+def _nothing_seen():
+    results._seen_jobs.clear()
+
+
+def job(name, *passes, tab="txt2img", seeds=(7,)):
+    """A finished job of one batch."""
+    results.remember(tab, name, [results.batch_of(passes, seeds)])
+
+
+def page(name="1", view=results.USED, number=0):
+    """What the panel shows of one of its pictures."""
+    found = results.pictures_of("txt2img", name)
+    return results.map_part(found[number], view) + results.beside_part(found[number]) if found else ""
+
+
+def cells(text):
+    """The pictures in it, top row first: (rows, columns, 4) each."""
+    addresses = re.findall(r'src="data:image/png;base64,(.*?)" style', text)
+    return [torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(address))).convert("RGBA"))) for address in addresses]
+
+
 def test_a_finished_jobs_map_and_notes_are_shown_in_its_tab():
-    results.remember("txt2img", "1", [fusion_pass("a <b> note", "twice"), fusion_pass("twice", hires=True)])
-    page = results.result_html("txt2img", ONE)
-    assert page.count("data:image/png;base64,") == 2
-    assert page.count("Hires pass") == 1
-    assert "a &lt;b&gt; note" in page
-    assert page.count("twice") == 1
-    assert results.result_html("img2img", ONE) == ""
+    job("1", fusion_pass("a <b> note", "twice"), fusion_pass("twice", hires=True))
+    shown = page()
+    assert len(cells(shown)) == 2
+    assert shown.count("hires pass") == 1
+    assert "a &lt;b&gt; note" in shown
+    assert shown.count("twice") == 1
+    assert results.pictures_of("img2img", "1") == []
 
 
 def test_weights_that_are_the_same_everywhere_are_told_in_a_sentence():
@@ -76,18 +99,16 @@ def test_weights_that_are_the_same_everywhere_are_told_in_a_sentence():
     done = fusion_pass()
     same = torch.tensor([1.25, 0.8]).expand(3, 2, 1, 2).clone()
     done.trace = dataclasses.replace(trace(), weights=same)
-    results.remember("txt2img", "1", [done])
-    page = results.result_html("txt2img", ONE)
-    assert "Every layer used &lt;dog&gt; at 1.25 and watercolor at 0.8, at every step." in page
-    assert "<img" not in page
-    for step, site in ((2, 0), (0, 1)):
+    job("1", done)
+    assert "Every layer used &lt;dog&gt; at 1.25 and watercolor at 0.8, at every step." in page()
+    assert "<img" not in page()
+    for number, (step, site) in enumerate(((2, 0), (0, 1))):
         other = same.clone()
         other[step, site, 0, 1] = 0.7
         done.trace = dataclasses.replace(trace(), weights=other)
-        results.remember("txt2img", "1", [done])
-        page = results.result_html("txt2img", ONE)
-        assert "Every layer" not in page
-        assert page.count("<img") == 1
+        job(f"other {number}", done)
+        assert "Every layer" not in page(f"other {number}")
+        assert page(f"other {number}").count("<img") == 1
 
 
 def test_a_layer_that_one_lora_leaves_alone_does_not_count_for_it():
@@ -98,48 +119,124 @@ def test_a_layer_that_one_lora_leaves_alone_does_not_count_for_it():
     assert dataclasses.replace(trace(), weights=same).uniform is None
 
 
+def batch(*firsts, steps=3):
+    """A pass of as many pictures, in each of which the subject has the first layer, or the style has it; the other has the second."""
+    done = fusion_pass()
+    rows = [[[1.0, 0.0], [0.0, 1.0]] if first else [[0.0, 1.0], [1.0, 0.0]] for first in firsts]
+    weights = torch.tensor(rows).transpose(0, 1)[None].expand(steps, -1, -1, -1)
+    done.trace = dataclasses.replace(trace(steps), weights=weights, divergences=weights + 0.1)
+    return done
+
+
+def test_every_picture_of_a_job_has_its_own_map():
+    """Of two batches of two, in the order in which they were made."""
+    results.remember(
+        "txt2img", "1", [results.batch_of([batch(True, False)], (7, 8)), results.batch_of([batch(False, True, steps=4)], (9, 10))]
+    )
+    found = results.pictures_of("txt2img", "1")
+    assert [one.title for one in found] == [f"Picture {number} of 4, seed {number + 6}" for number in (1, 2, 3, 4)]
+    for one, first, steps in zip(found, (True, False, False, True), (3, 3, 4, 4)):
+        shown = results.map_part(one)
+        assert f"<figcaption>{one.title}: what was used</figcaption>" in shown
+        (picture,) = cells(shown)
+        corners = [tuple(picture[0, 0].tolist()), tuple(picture[-1, -1].tolist())]
+        colours = [(*SUBJECT, 255), (*STYLE, 255)]
+        assert corners == (colours if first else colours[::-1])
+        assert re.findall(r'<span style="top: .*?">(\d+)</span>', shown)[-1] == str(steps)
+
+
+def test_what_is_saved_is_what_the_chosen_picture_did():
+    done = batch(True, False)
+    done.recipe = Recipe(done.settings, (), (), done.trace, {})
+    job("1", done, seeds=(7, 8))
+    first, second = (results.recipe(one).trace for one in results.pictures_of("txt2img", "1"))
+    assert torch.equal(first.weights, done.trace.weights[:, :, :1])
+    assert torch.equal(second.weights, done.trace.weights[:, :, 1:])
+
+
+def test_the_map_lies_on_the_page():
+    """Nothing behind the cells, paler ones let the page through, and all that is to be read is text of it."""
+    done = batch(True)
+    weights = done.trace.weights.clone()
+    weights[0] = 0.5 * weights[1]
+    reached = done.trace.reached.clone()
+    reached[2, 1] = False
+    done.trace = dataclasses.replace(done.trace, weights=weights, reached=reached)
+    job("1", done)
+    shown = page()
+    (picture,) = cells(shown)
+    rows, columns, _ = picture.shape
+    opacity = picture[rows // 6, :, 3].unique().tolist()
+    assert opacity == [0, 128]
+    assert set(picture[rows // 2, :, 3].unique().tolist()) == {0, 255}
+    assert picture[-2, columns - 2, 3] < 60
+    for text in ("Subject: &lt;dog&gt; <b>", "Style: watercolor <b>", "<b>60 %</b>", ">1</span>", ">2</span>", ">in</span>"):
+        assert text in shown
+
+
+def test_the_selection_that_would_have_been_is_a_map_of_its_own():
+    done = batch(True)
+    done.settings = dataclasses.replace(done.settings, method="klora")
+    done.trace = dataclasses.replace(done.trace, divergences=done.trace.divergences.flip(-1))
+    job("1", done)
+    job("2", fusion_pass())
+    (one,) = results.pictures_of("txt2img", "1")
+    assert results.has_selection(one)
+    (used,), (selected,) = cells(page()), cells(page(view=results.SELECTED))
+    assert tuple(used[0, 0].tolist()) == tuple(selected[-1, -1].tolist()) == (*SUBJECT, 255)
+    done.settings = dataclasses.replace(done.settings, method="dynfuse")
+    job("3", done)
+    assert not results.has_selection(*results.pictures_of("txt2img", "3"))
+
+
 def test_each_browser_sees_its_own_job():
     """Two clients of one server, in the same tab."""
-    results.remember("txt2img", "1", [fusion_pass("first")])
-    results.remember("txt2img", "2", [fusion_pass("second")])
-    assert "first" in results.result_html("txt2img", ONE)
-    assert "second" in results.result_html("txt2img", '{"job_timestamp": "2"}')
+    job("1", fusion_pass("first"))
+    job("2", fusion_pass("second"))
+    assert "first" in page("1")
+    assert "second" in page("2")
     results.remember("txt2img", "3", [])
-    assert "first" in results.result_html("txt2img", ONE)
-    assert results.result_html("txt2img", '{"job_timestamp": "3"}') == ""
+    assert "first" in page("1")
+    assert page("3") == ""
 
 
 @pytest.mark.parametrize("information", ["", None, "{}", "[]", "no JSON", '{"job_timestamp": "never"}'])
 def test_a_browser_without_a_job_sees_none(information):
-    results.remember("txt2img", "1", [fusion_pass("first", recipe="one")])
-    assert results.result_html("txt2img", information) == ""
-    assert results.recipe("txt2img", information) is None
+    job("1", fusion_pass("first", recipe="one"))
+    assert results.pictures_of("txt2img", results.job_in(information)) == []
+
+
+def test_a_browser_knows_its_job_by_what_came_with_the_pictures():
+    processed = types.SimpleNamespace(job_timestamp="20261129130000")
+    assert results.job_in(json.dumps({"job_timestamp": processed.job_timestamp, "all_seeds": [7]})) == results.job_of(processed)
 
 
 def test_old_jobs_are_let_go():
     for number in range(40):
-        results.remember("txt2img", str(number), [fusion_pass(f"note {number}")])
-    assert results.result_html("txt2img", '{"job_timestamp": "0"}') == ""
-    assert "note 39" in results.result_html("txt2img", '{"job_timestamp": "39"}')
+        job(str(number), fusion_pass(f"note {number}"))
+    assert page("0") == ""
+    assert "note 39" in page("39")
+
+
+def test_many_pictures_are_not_kept_for_ever():
+    for number in range(5):
+        results.remember("txt2img", str(number), [results.batch_of([fusion_pass()], range(8)) for _ in range(20)])
+        kept = [len(results.pictures_of("txt2img", str(job))) for job in range(5)]
+        assert kept[number] == 64
+        assert sum(kept) == 64
 
 
 def test_the_last_pass_that_ran_is_what_can_be_saved():
-    results.remember(
-        "txt2img", "1", [fusion_pass(recipe="first"), fusion_pass(hires=True, recipe="second"), fusion_pass("why", with_trace=False)]
-    )
-    assert results.recipe("txt2img", ONE) == "second"
-    assert results.recipe("img2img", ONE) is None
-
-
-def test_a_job_that_was_not_fused_shows_nothing():
-    results.remember("txt2img", "1", [])
-    assert results.result_html("txt2img", ONE) == ""
+    first, second = (Recipe(FuseSettings(), (), (), trace(), {}) for _ in range(2))
+    job("1", fusion_pass(recipe=first), fusion_pass(hires=True, recipe=second), fusion_pass("why", with_trace=False))
+    (one,) = results.pictures_of("txt2img", "1")
+    assert results.recipe(one).shapes is second.shapes
 
 
 def test_a_pass_that_never_ran_shows_its_notes_only():
-    results.remember("txt2img", "1", [fusion_pass("why", with_trace=False)])
-    assert "why" in results.result_html("txt2img", ONE)
-    assert "<img" not in results.result_html("txt2img", ONE)
+    job("1", fusion_pass("why", with_trace=False))
+    assert "why" in page()
+    assert "<img" not in page()
 
 
 def test_the_map_is_saved_beside_the_image(saving):
@@ -169,31 +266,30 @@ def test_nothing_is_saved_for_a_plain_image_or_unless_the_user_wants_it(webui, t
 
 
 def test_a_guided_job_shows_its_curve_and_both_references():
-    results.remember("txt2img", "1", [fusion_pass(guidance=guidance())])
-    page = results.result_html("txt2img", ONE)
-    assert page.count("data:image/png;base64,") == 2
-    assert page.count("data:image/jpeg;base64,") == 2
-    assert "<b>Subject reference</b><span>generated: a &lt;b&gt;dog&lt;/b&gt;</span>" in page
-    assert "<b>Style reference</b><span>your picture</span>" in page
+    job("1", fusion_pass(guidance=guidance()))
+    shown = results.beside_part(*results.pictures_of("txt2img", "1"))
+    assert shown.count("data:image/png;base64,") == 1
+    assert shown.count("data:image/jpeg;base64,") == 2
+    assert "<b>Subject reference</b><span>generated: a &lt;b&gt;dog&lt;/b&gt;</span>" in shown
+    assert "<b>Style reference</b><span>your picture</span>" in shown
 
 
 def test_both_passes_have_a_curve_and_share_the_references():
-    results.remember("txt2img", "1", [fusion_pass(guidance=guidance()), fusion_pass(hires=True, guidance=guidance())])
-    page = results.result_html("txt2img", ONE)
-    assert page.count("data:image/png;base64,") == 4
-    assert page.count("data:image/jpeg;base64,") == 2
-    assert page.count("Hires pass") == 1
+    job("1", fusion_pass(guidance=guidance()), fusion_pass(hires=True, guidance=guidance()))
+    assert page().count("data:image/png;base64,") == 4
+    assert page().count("data:image/jpeg;base64,") == 2
+    assert page().count("hires pass") == 2
 
 
 @pytest.mark.parametrize("steps", [None, 0])
 def test_a_pass_that_no_step_of_was_guided_has_no_curve(steps):
-    results.remember("txt2img", "1", [fusion_pass(guidance=guidance(steps))])
-    assert results.result_html("txt2img", ONE).count("data:image/png;base64,") == 1
+    job("1", fusion_pass(guidance=guidance(steps)))
+    assert page().count("data:image/png;base64,") == 1
 
 
 def test_a_large_reference_is_shown_whole_and_smaller():
-    results.remember("txt2img", "1", [fusion_pass(guidance=guidance())])
-    address = results.result_html("txt2img", ONE).split("data:image/jpeg;base64,")[1].split('"')[0]
+    job("1", fusion_pass(guidance=guidance()))
+    address = page().split("data:image/jpeg;base64,")[1].split('"')[0]
     with Image.open(io.BytesIO(base64.b64decode(address))) as shown:
         assert shown.width == 2 * shown.height < 900
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gradio as gr
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,11 +10,8 @@ from lib_dynfuse import FuseSettings, Rows, read_lora
 from lib_dynfuse.fusion import FusionSession, Step
 from lib_dynfuse.hosts.webui.lora_files import FileVersion
 from lib_dynfuse.hosts.webui.passes import Recipe
-from lib_dynfuse.webui import panel, saving
+from lib_dynfuse.webui import saving
 from tests.fusion.models import lora_file, tokens_model
-
-from .test_panel import behind
-from .test_panel import wired as events_of
 
 LAYERS = [f"{block}.1.transformer_blocks.0.attn1.to_{q}" for block in ("input_blocks.1", "middle_block") for q in "qv"]
 
@@ -174,45 +170,3 @@ def test_a_name_is_proposed_that_no_lora_has(host):
     assert saving.proposed_name(settings, host) == "dog-big-hat-ink-3"
     long = FuseSettings(subject="d" * 300, style="..")
     assert saving.save(None, saving.proposed_name(long, host), 0, host).count("picture") == 1
-
-
-class TestPanel:
-    @pytest.fixture
-    def wired(self, webui, host, recipe):
-        """(the panel, what a job's end sets, what the button does, what is updated then); `found` is the last job's recipe."""
-        found = [recipe]
-        with gr.Blocks() as demo:
-            made = panel.build("txt2img", host)
-            box = gr.Textbox(elem_id="dynfuse_txt2img_box")
-            panel.offer_to_save(box, made, lambda information: found[0], host)
-        after_job, save = behind(demo, "box", "saving_button")
-        choices = next(
-            function for function, _, outputs in events_of(demo) if outputs == ["dynfuse_txt2img_subject", "dynfuse_txt2img_style"]
-        )
-        return made, found, after_job, save, choices
-
-    def test_the_controls_are_hidden_until_a_picture_was_fused(self, wired, host):
-        made, found, after_job, _, _ = wired
-        assert made.saving.part.visible is False
-        part, name, message = after_job("")
-        assert (part["visible"], name, message) == (True, "dog-ink", "")
-        found[0] = None
-        part, name, message = after_job("")
-        assert (part["visible"], name, message) == (False, "", "")
-        found[0], host.lora_folder = "a recipe", None
-        assert after_job("")[0]["visible"] is False
-
-    def test_the_button_saves_and_the_new_lora_can_be_picked(self, wired, host):
-        _, _, _, save, choices = wired
-        assert "Saved as" in save("", "dog-ink", 0)
-        host.loras["dog-ink"] = "cc33"
-        for update in choices():
-            assert "dog-ink" in update["choices"]
-            assert "value" not in update, "what is picked stays"
-
-    def test_the_controls_are_no_settings(self, wired):
-        made = wired[0]
-        ours = {made.saving.name, made.saving.rank, made.saving.button}
-        assert not ours & set(made.arguments)
-        assert all(len(control.webui_tooltip) > 20 for control in ours)
-        assert made.saving.name.do_not_save_to_config

@@ -1,3 +1,5 @@
+import types
+
 import gradio as gr
 import pytest
 from PIL import Image
@@ -157,10 +159,34 @@ def test_each_picture_has_the_hashes_of_its_own_loras(script):
 
 def test_an_inner_job_leaves_the_result_alone(script, host, script_module, monkeypatch):
     kept = []
-    monkeypatch.setattr(script_module.results, "remember", lambda tab, job, passes: kept.append(tab))
-    host.inner, host.passes = True, lambda p: []
-    script.postprocess(Job(), None)
-    assert kept == []
+    monkeypatch.setattr(script_module.results, "remember", lambda tab, job, batches: kept.append(len(batches)))
+    monkeypatch.setattr(script_module.results, "batch_of", lambda passes, seeds: types.SimpleNamespace(passes=passes))
+    host.passes = lambda p: ["a pass"]
+    outer, inner = Job("a", "b"), Job("a face")
+    script.process(outer, *OFF)
+    for number in range(2):
+        script.postprocess_batch(outer, *OFF, images=None, batch_number=number)
+        host.inner = True
+        script.process(inner, *OFF)
+        script.postprocess_batch(inner, *OFF, images=None, batch_number=0)
+        script.postprocess(inner, None)
+        host.inner = False
+    script.postprocess(outer, None)
+    assert kept == [2]
+
+
+def test_every_batch_of_a_job_is_kept_with_its_seeds(script, host, script_module, monkeypatch):
+    kept = []
+    monkeypatch.setattr(script_module.results, "batch_of", lambda passes, seeds: types.SimpleNamespace(passes=passes, seeds=list(seeds)))
+    monkeypatch.setattr(script_module.results, "remember", lambda tab, job, batches: kept.append((job, [one.seeds for one in batches])))
+    host.passes = lambda p: ["a pass"]
+    for _ in range(2):  # the second job has its own only
+        job = Job("a", "b", "c", batch_size=2)
+        script.process(job, *OFF)
+        for number in range(2):
+            script.postprocess_batch(job, *OFF, images=None, batch_number=number)
+        script.postprocess(job, types.SimpleNamespace(job_timestamp="1"))
+    assert kept == [("1", [[7, 8], [9]])] * 2
 
 
 def test_an_argument_nobody_thought_of_still_stops_the_image(script, webui, script_module, monkeypatch):
@@ -321,6 +347,7 @@ def test_the_options_are_the_hosts_parts_own_with_its_defaults(webui, script_mod
         "dynfuse_encoders_folder": "",
         "dynfuse_download_encoders": True,
         "dynfuse_without_encoders": "stop",
+        "dynfuse_watch_selection": False,
         "dynfuse_reference_cache_mb": 256,
     }
     # The host's own options know them at once: it may have copied the list before (modules/options.py, reorder).

@@ -30,7 +30,7 @@ from .text_parts import TextParts
 class Request:
     """LoRAs that were found and read, at least one for each side, and how to fuse them.
 
-    paths: of all of them, real paths. versions: of the subjects, then of the styles.
+    paths: of all of them, real paths. versions: of the subjects, then of the styles. watched: see FusionSession.
     """
 
     settings: FuseSettings
@@ -39,6 +39,7 @@ class Request:
     paths: frozenset[str]
     versions: tuple[FileVersion, ...]
     text: TextParts | None
+    watched: bool = False
 
     @property
     def files(self) -> tuple[LoraFile, ...]:
@@ -248,7 +249,7 @@ class FusionPass:
         assert request is not None
         denoisers = self.roles.denoisers
         model = denoisers.denoiser(cfg_denoiser)
-        self._key = (request.settings, request.versions, identity, denoisers.merged_loras(cfg_denoiser))
+        self._key = (request.settings, request.versions, identity, denoisers.merged_loras(cfg_denoiser), request.watched)
         if self._spare is not None and self._spare[0] == self._key:
             session = self._spare[1]
             session.restart()
@@ -261,6 +262,7 @@ class FusionPass:
             request.settings,
             weight_of=denoisers.weight_of,
             own_weight=denoisers.own_weight,
+            watched=request.watched,
         )
 
 

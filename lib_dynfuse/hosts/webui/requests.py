@@ -114,7 +114,7 @@ class Requests:
                 raise FusionError(reason)
         versions = tuple(version for side in SIDES for version, _ in read[side])
         text = text_parts(settings, subjects, styles, versions)
-        return Request(settings, subjects, styles, frozenset(named), versions, text)
+        return Request(settings, subjects, styles, frozenset(named), versions, text, self._storage.watches_selection)
 
     def read_file(self, path: str) -> tuple[FileVersion, LoraFile]:
         """Raises LoraError: one sentence."""

@@ -51,6 +51,11 @@ class Storage:
         return load_encoders(self.encoder_sources(), _loading_progress)
 
     @property
+    def watches_selection(self) -> bool:
+        """Whether it is measured what the paper's selection would choose, under methods that do not go by that."""
+        return bool(_option("dynfuse_watch_selection", False))
+
+    @property
     def goes_on_without_encoders(self) -> bool:
         """Whether a picture is made unguided where an encoder cannot be had."""
         return bool(_option("dynfuse_without_encoders", "stop") == "go on")

@@ -42,10 +42,15 @@ class TestSaving:
     def saved(self, webui, tmp_path):
         def save(prompt, **settings):
             # The script's hook comes while the job still has its session.
-            keep = {"postprocess": lambda p, processed: results.remember("txt2img", "1", webui.host.passes(p))}
-            p = webui.process(Processing(prompt, callbacks=keep, **settings)).p
+            name = str(tmp_path)  # of a job that no other test has
+
+            def keep(p, processed):
+                results.remember("txt2img", name, [results.batch_of(webui.host.passes(p), p.all_seeds)])
+
+            p = webui.process(Processing(prompt, callbacks={"postprocess": keep}, **settings)).p
             webui.shared.cmd_opts = types.SimpleNamespace(lora_dir=str(tmp_path))
-            said = saving.save(results.recipe("txt2img", '{"job_timestamp": "1"}'), "both", 0, webui.host.catalogue)
+            shown = results.pictures_of("txt2img", name)
+            said = saving.save(results.recipe(shown[-1]) if shown else None, "both", 0, webui.host.catalogue)
             assert "Saved as" in said, said
             webui.files["both"] = str(tmp_path / "both.safetensors")
             webui.networks.list_available_networks()
@@ -71,7 +76,9 @@ class TestSaving:
     def test_a_selection_is_its_mean(self, webui, saved):
         p = saved(f"a cat {CHOOSING}", batch_size=2)
         with open(webui.files["both"], "rb") as file:
-            assert b"means over 3 steps and 2 images" in file.read(1 << 20)
+            head = file.read(1 << 20)
+        assert b"means over 3 steps" in head
+        assert b"2 images" not in head, "of the picture that was chosen"
         assert webui.host.last_pass(p).request is None, "the LoRAs are let go"
 
     def test_a_plain_job_leaves_nothing_to_save(self, webui):
