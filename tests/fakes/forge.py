@@ -153,6 +153,7 @@ class FakeForge(FakeWebUI):
         self.module("backend.patcher.clip", CLIP=CLIP)
         self.module("backend.patcher.unet", UnetPatcher=UnetPatcher)
         self.module("backend.operations", get_weight_and_bias=get_weight_and_bias)
+        self.module("backend.attention", attention_function=attention)
         self.module("backend.args", dynamic_args={})
         self.modules["modules.sd_samplers_cfg_denoiser"].sampling_function = sampling_function
         self.module("backend.modules.k_prediction", PredictionFlux=PredictionFlux)
@@ -250,6 +251,11 @@ def unet_keys(unet):
 def clip_keys(clip):
     names = [key for key, _ in clip.cond_stage_model.named_parameters() if key.endswith(".weight")]
     return {"lora_te_" + key.removeprefix("clip_l.transformer.").removesuffix(".weight").replace(".", "_"): key for key in names}
+
+
+def attention(q, k, v, heads, mask=None):
+    """backend/attention.py: attention_function; reForge's and Classic's optimized_attention."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 class CFGDenoiser(nn.Module):

@@ -256,6 +256,7 @@ class FakeReForge(FakeNeo):
         unet, encoders, clip = self.patchers
         self.module("modules_forge.forge_loader", ForgeSD=ForgeSD)
         self.module("modules_forge.forge_sampler")
+        self.module("ldm_patched.ldm.modules.attention", optimized_attention=forge.attention)
         self.module("modules.scripts", ScriptRunner=ScriptRunner)
         self.module("modules_forge.unet_patcher", UnetPatcher=unet)
         self.module("ldm_patched.modules.model_patcher", ModelPatcher=encoders)

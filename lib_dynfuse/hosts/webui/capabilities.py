@@ -107,6 +107,14 @@ class Seam(Value):
         return None
 
 
+def held(module: str, name: str) -> Any:
+    """What a module of the WebUI holds under a name; None where there is no such module or name."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
 def why_off(needs: Iterable[Value], barred: Iterable[str] = ()) -> str | None:
     """One sentence on what a WebUI lacks, None if it lacks nothing. barred: modules that stand for another way of doing things."""
     problems = [f"it runs its models by way of {module}, which DynFuse does not know" for module in barred if _importable(module)]
@@ -159,4 +167,4 @@ def _signature(owner: Any, attribute: str) -> inspect.Signature | None:
         return _UNKNOWN
 
 
-__all__ = ["Call", "Seam", "Value", "off_because", "why_off"]
+__all__ = ["Call", "Seam", "Value", "held", "off_because", "why_off"]

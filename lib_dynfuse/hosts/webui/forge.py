@@ -14,7 +14,7 @@ from ...guidance.correction import Kind
 from ...guidance.decode import decoding_half
 from ...lora.branch import Branch, Dense, LowRank, bound
 from ..wrapping import wrapped
-from .capabilities import Call, Value
+from .capabilities import Call, Value, held
 from .forge_autograd import graph_through_inference_tensors
 from .references import JOB_ARGUMENTS, BaseIdentity, file_identity
 from .roles import Checkpoints, Denoisers, HostVae, Roles, RowLayout, Samplers, TextEncoders, refuse_replaced_denoiser
@@ -133,6 +133,9 @@ class ForgeSamplers(Samplers):
         model = patcher.first_stage_model
         decoder = decoding_half(model.post_quant_conv, model.decoder)  # as IntegratedAutoencoderKL.decode, backend/nn/vae.py:304
         return HostVae(decoder, scale=model.scaling_factor, shift=model.shift_factor, dtype=patcher.vae_dtype, identity=id(model))
+
+    def attention(self) -> Callable[..., Tensor] | None:
+        return held("backend.attention", "attention_function")
 
     @contextmanager
     def differentiable(

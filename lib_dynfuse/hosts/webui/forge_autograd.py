@@ -61,6 +61,29 @@ def graph_through_inference_tensors() -> Iterator[None]:
             recording.cut()
 
 
+def has_backward(attention: Callable[..., Tensor], device: torch.device) -> bool:
+    """Whether gradients pass an attention function, (q, k, v, heads) -> (B, tokens, channels).
+
+    A kernel made for inference hands back a tensor without a graph, as SageAttention's do, and what goes through attention would be missing
+    from the gradient without a word; or it refuses on the way back, as Neo's own flash attention does (backend/attention.py:64). One that
+    does not take these tokens tells nothing, and counts as having one.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens = torch.linspace(-1.0, 1.0, 64 * 64, device=device, dtype=dtype).reshape(1, 64, 64).requires_grad_()
+        try:
+            result = attention(tokens, tokens, tokens, 1)
+        except Exception:
+            return True
+        if not result.requires_grad:
+            return False
+        try:
+            torch.autograd.grad(result.float().square().sum(), tokens)
+        except (RuntimeError, NotImplementedError):
+            return False
+        return True
+
+
 class _Kept:
     """A tensor that the graph needs on the way back."""
 
@@ -169,4 +192,4 @@ def _written(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [target for target in flat if isinstance(target, Tensor)]
 
 
-__all__ = ["graph_through_inference_tensors"]
+__all__ = ["graph_through_inference_tensors", "has_backward"]

@@ -23,6 +23,7 @@ from ...guidance.score import Targets
 from ...memory import is_out_of_memory
 from ...settings import FuseSettings
 from .facts import SamplingFacts
+from .forge_autograd import has_backward
 from .roles import NotGuidable, Samplers
 from .seams import argument
 
@@ -177,6 +178,9 @@ class GuidedPass:
             self._guide = Guide(self.settings, targets, encoders, chain, facts.schedule)
             if self.settings.gradient == "exact" and getattr(cfg_denoiser.p, "refiner_checkpoint_info", None) is not None:
                 self._guide.abandon_exact("a refiner takes over in this job")
+            attention = self._samplers.attention() if self._guide.gradient == "exact" else None
+            if attention is not None and not has_backward(attention, device):
+                self._guide.abandon_exact("the WebUI's attention kernel has no backward pass")
         return self._guide
 
     def _chain(self, cfg_denoiser: Any, device: torch.device) -> list[LatentDecoder]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...guidance.correction import Kind
 from ...guidance.decode import decoding_half
 from ..wrapping import wrapped
-from .capabilities import Call
+from .capabilities import Call, held
 from .comfy_patches import OurPatch, PatcherTextEncoders
 from .forge import ForgeDenoisers, ForgeSamplers, engine_of, unet_of
 from .roles import Checkpoints, HostVae, Roles
@@ -64,6 +64,9 @@ class ClassicDenoisers(LdmDenoisers):
 
 class LdmSamplers(ForgeSamplers):
     """Forge's, with the predictor and the latents' scale on the model."""
+
+    def attention(self) -> Callable[..., Tensor] | None:
+        return held("ldm_patched.ldm.modules.attention", "optimized_attention")
 
     def kind(self, cfg_denoiser: Any) -> Kind:
         # CONST of ldm_patched.modules.model_sampling is Forge's "const"; Classic has none.

@@ -121,6 +121,10 @@ class Samplers(ABC):
         decoder = sd_vae_taesd.decoder_model()
         return ZeroToOne(decoder) if decoder is not None else None
 
+    def attention(self) -> Callable[..., Tensor] | None:
+        """By which the denoiser computes attention, where the WebUI has one function for all: (q, k, v, heads), each (B, tokens, width)."""
+        return None
+
     @abstractmethod
     def differentiable(self, cfg_denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Inside, CFGDenoiser.forward called with the (args, kwargs) that it yields has a graph to its x. Restores everything."""

@@ -106,6 +106,32 @@ class TestCorrection:
             along = (ends[0] - ends[1]) / 0.02
             assert float((through * direction).sum()) == pytest.approx(float((by_denoised * along).sum()), rel=0.01, abs=1e-4)
 
+    @pytest.mark.parametrize("refuses", [False, True])
+    def test_under_an_attention_kernel_without_a_way_back_exact_goes_on_as_fast_and_says_so(self, guided, host_name, refuses):
+        if host_name == "a1111":
+            pytest.skip("no function of its own for all of the attention")
+
+        class NoWayBack(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, q):
+                return q.clone()
+
+        def kernel(q, k, v, heads, mask=None):
+            return NoWayBack.apply(q) if refuses else q.detach().clone()
+
+        module, name = {
+            "reforge": ("ldm_patched.ldm.modules.attention", "optimized_attention"),
+            "classic": ("ldm_patched.ldm.modules.attention", "optimized_attention"),
+        }.get(host_name, ("backend.attention", "attention_function"))
+        fast, _ = job(guided, f"a cat {tag(gradient='fast')}")
+        exact, done = job(guided, f"a cat {tag(gradient='exact')}")
+        assert not done.notes
+        assert not torch.equal(exact, fast)
+        setattr(guided.modules[module], name, kernel)
+        without, done = job(guided, f"a cat {tag(gradient='exact')}")
+        assert torch.equal(without, fast)
+        assert done.notes == ["The exact gradient was given up for the fast one: the WebUI's attention kernel has no backward pass."]
+
     @pytest.mark.parametrize("gradient", ["fast", "exact"])
     def test_a_batch_of_three_equals_three_single_jobs(self, guided, gradient):
         prompt = f"a cat {tag(gradient=gradient, reference_seed=4)}"
