@@ -146,7 +146,8 @@ function show(view) {
   scrollTo(0, 0);
 }
 
-function picture(address, alternative) {
+// shown: called when there is something to see, the picture or that there is none.
+function picture(address, alternative, shown = () => {}) {
   const image = new Image();
   image.alt = alternative;
   image.draggable = false;
@@ -154,12 +155,14 @@ function picture(address, alternative) {
     if (Math.max(image.naturalWidth, image.naturalHeight) <= 160) image.classList.add("tiny");
     const group = image.closest("#pictures");
     if (group && !group.style.getPropertyValue("--shape")) group.style.setProperty("--shape", image.naturalWidth / image.naturalHeight);
+    shown();
   });
   image.addEventListener("error", () => {
     const text = document.createElement("p");
     text.className = "broken";
     text.textContent = `${alternative} cannot be loaded.`;
     image.replaceWith(text);
+    shown();
   });
   image.src = address;
   return image;
@@ -175,13 +178,26 @@ function ask(place) {
   for (const side of ["subject", "style"]) {
     const several = question[side].length > 1;
     const alternative = side === "subject" ? "The subject" : "The style";
-    byId("references").querySelector("." + side).replaceChildren(
+    const row = byId("references").querySelector("." + side);
+    row.replaceChildren(
       ...question[side].map((address, index) => picture(address, several ? `${alternative}, picture ${index + 1}` : alternative)),
     );
+    row.scrollLeft = 0;
+    if (several) row.tabIndex = 0; // the arrow keys scroll it
+    else row.removeAttribute("tabindex");
   }
   byId("prompt").textContent = question.prompt ? `“${question.prompt}”` : "";
   byId("prompt").hidden = !question.prompt;
   byId("pictures").style.removeProperty("--shape");
+  // All appear at once: what is there first would be looked at first.
+  let missing = question.pictures.length;
+  byId("pictures").setAttribute("aria-busy", "true");
+  const appeared = () => {
+    missing -= 1;
+    if (missing || number !== place) return;
+    byId("pictures").setAttribute("aria-busy", "false");
+    since = performance.now();
+  };
   byId("pictures").replaceChildren(...question.pictures.map((address, index) => {
     const button = document.createElement("button");
     button.type = "button";
@@ -190,7 +206,7 @@ function ask(place) {
     label.className = "number";
     label.setAttribute("aria-hidden", "true");
     label.textContent = index + 1;
-    button.append(picture(address, `Picture ${index + 1}`), label);
+    button.append(picture(address, `Picture ${index + 1}`, appeared), label);
     button.addEventListener("click", () => answer(index));
     return button;
   }));
@@ -204,7 +220,8 @@ function ask(place) {
 
 function answer(place) {
   const question = questions[number];
-  if (performance.now() < quietUntil || (place !== null && place >= question.pictures.length)) return;
+  const loading = byId("pictures").getAttribute("aria-busy") === "true";
+  if (performance.now() < quietUntil || (place !== null && (loading || place >= question.pictures.length))) return;
   quietUntil = performance.now() + PAUSE;
   // Going on from a question that has its answer leaves it as it is.
   if (place !== null || !question.answered) {
@@ -289,6 +306,7 @@ addEventListener("online", () => study.mode === "served" && state.unsent && serv
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || !views.welcome.hidden) return;
+  if (event.key.startsWith("Arrow") && event.target.closest("#references")) return;
   const key = event.key.toLowerCase();
   if (["arrowleft", "backspace", "u"].includes(key)) back();
   else if (views.asking.hidden) return;
