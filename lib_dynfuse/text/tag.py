@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .. import escaping
@@ -37,6 +37,7 @@ RESERVED = ':<>=+,"#\n\r\t\v\f'
 
 _ERROR_KEY = "error"
 _ERROR_START = f"<dynfuse:{_ERROR_KEY}="
+_IN_THE_NEGATIVE_PROMPT = "the tag <dynfuse:...> stands in the negative prompt, where it does nothing; it belongs into the prompt"
 # Cut as the host cuts (modules/extra_networks.py, re_extra_net): "<lora:dog<dynfuse:a:b>" is one tag, and not ours.
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 _LOOSE = re.compile(r"<\s*(dynfuse)\s*:([^>]*)>", re.I)
@@ -149,6 +150,20 @@ def corrected(prompt: str) -> str:
     if broken := _BROKEN.search(_TAG.sub("", prompt)):
         raise SettingsError(f"{printable(broken[0], 60)} is no whole tag; write {SYNTAX}")
     return prompt
+
+
+def put_right(prompt: str) -> str:
+    """The prompt corrected, or with a tag in front that says what is wrong with it."""
+    try:
+        return corrected(prompt)
+    except SettingsError as error:
+        return format_error(str(error)) + prompt
+
+
+def misplaced(negative_prompts: Iterable[str]) -> str:
+    """A tag that says so where one of ours stands in a negative prompt, which the WebUIs read no tags from; else nothing."""
+    found = any(find_tags(put_right(prompt)) for prompt in negative_prompts)
+    return format_error(_IN_THE_NEGATIVE_PROMPT) if found else ""
 
 
 def find_tags(prompt: str) -> list[list[str]]:

@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 EXTRA_NETWORK = "dynfuse"
 
-_IN_THE_NEGATIVE_PROMPT = "the tag <dynfuse:...> stands in the negative prompt, where it does nothing; it belongs into the prompt"
 _NEGATIVE_PROMPTS = ("all_negative_prompts", "all_hr_negative_prompts")
 _MIXED = (
     "the pictures of one batch ask for different fusions, and the WebUI reads the tags of the first for all; set the batch size to 1 and "
@@ -107,10 +106,10 @@ class DynFuseScript(scripts.Script):
         if off is None:
             for name in ("all_prompts", "all_hr_prompts"):
                 if getattr(p, name, None):
-                    setattr(p, name, [_corrected(prompt) for prompt in getattr(p, name)])
+                    setattr(p, name, [tag.put_right(prompt) for prompt in getattr(p, name)])
             negative = [text for name in _NEGATIVE_PROMPTS for text in getattr(p, name, None) or []]
-            if p.all_prompts and any(tag.find_tags(_corrected(text)) for text in negative):
-                p.all_prompts[0] = tag.format_error(_IN_THE_NEGATIVE_PROMPT) + p.all_prompts[0]
+            if p.all_prompts:
+                p.all_prompts[0] = tag.misplaced(negative) + p.all_prompts[0]
             if wanted := axes.asked(p):
                 for name in ("all_prompts", "all_hr_prompts"):
                     if getattr(p, name, None):
@@ -266,14 +265,6 @@ def _is_empty(arguments: Sequence[Any]) -> bool:
     first = arguments[1]
     chosen = (first.get("subject"), first.get("style")) if isinstance(first, Mapping) else arguments[1:3]
     return not any(chosen)
-
-
-def _corrected(prompt: str) -> str:
-    """The prompt with tags as the host reads them, or with one in front that says what is wrong."""
-    try:
-        return tag.corrected(prompt)
-    except SettingsError as error:
-        return tag.format_error(str(error)) + prompt
 
 
 def _names(prompts: Sequence[str], panel_settings: FuseSettings | None) -> list[str]:

@@ -23,12 +23,13 @@ from typing import Any
 
 from ...lora.branch import applied_size
 from ...settings import FuseSettings
+from ...text import tag
 from .capabilities import Call, Seam, Value
 from .catalogue import Catalogue
 from .guided import memory_needed
 from .passes import FusionPass, Request
 from .record import FusionJob, current_pass
-from .requests import Requests
+from .requests import Requests, is_reference
 from .roles import Roles
 from .seams import Wrapping, argument
 
@@ -124,11 +125,18 @@ class JobSeams:
 
     def _around_job(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         p = argument(args, kwargs, 0, "p")
+        outer = self._jobs[-1] if self._jobs and not is_reference(p) else None
         self._jobs.append(p)
         try:
             if FusionJob.of(p) is not None:
                 del p.dynfuse  # some scripts run the same processing object again and again
+            if outer is not None:
+                _put_tags_right(p)
             result = original(*args, **kwargs)
+        except Exception as error:
+            if outer is not None and str(error).startswith("DynFuse"):
+                _note(outer, f"A job inside this one was stopped, and what it should have drawn is not there. {error}")
+            raise
         finally:
             try:
                 self._end_job(p)
@@ -263,6 +271,34 @@ class JobSeams:
         if current is None:
             return original(cfg_denoiser, *args, **kwargs)
         return current.switch_model(cfg_denoiser, lambda: original(cfg_denoiser, *args, **kwargs))
+
+
+def _put_tags_right(p: Any) -> None:
+    """Our tags in a job's prompts as the WebUI reads them, or one that says what is wrong: what the script does for a job of the panel. In
+    a job inside another one it may not be run.
+    """
+
+    def change(name: str, changed: Callable[[str], str]) -> None:
+        text = getattr(p, name, None)
+        if text:
+            setattr(p, name, changed(text) if isinstance(text, str) else [changed(one) for one in text])
+
+    for name in ("prompt", "hr_prompt"):
+        change(name, tag.put_right)
+    negative = [getattr(p, name, None) or "" for name in ("negative_prompt", "hr_negative_prompt")]
+    misplaced = tag.misplaced(one for text in negative for one in ([text] if isinstance(text, str) else text))
+    if misplaced:
+        change("prompt", lambda text: misplaced + text)
+
+
+def _note(p: Any, sentence: str) -> None:
+    """Tell the user of a running job something."""
+    job = FusionJob.of(p)
+    if job is not None and job.current is not None:
+        job.current.note(sentence)
+    else:
+        p.comment(sentence)
+        p.extra_generation_params[NOTE] = sentence
 
 
 def _when_written(job: FusionJob) -> Callable[..., str | None]:

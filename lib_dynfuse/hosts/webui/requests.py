@@ -64,7 +64,7 @@ class Requests:
 
     def asks(self, p: Any, data: Mapping[str, Sequence[Any]]) -> bool:
         """Whether a pass is to be fused. data: the parsed tags of its prompt."""
-        return TAG in data or getattr(p, "dynfuse_settings", None) is not None
+        return TAG in data or is_reference(p)
 
     def requested(
         self, p: Any, data: Mapping[str, Sequence[Any]], job: FusionJob, inherited: FuseSettings | None = None
@@ -190,6 +190,11 @@ class Requests:
         return self._catalogue.hash(name) or file_identity(self._catalogue.path(name))
 
 
+def is_reference(p: Any) -> bool:
+    """Whether a job is one of ours that makes a reference."""
+    return getattr(p, "dynfuse_settings", None) is not None
+
+
 def _unused(file: LoraFile) -> list[str]:
     """Sentences on what is in a file and takes no part. Layers that this model lacks are for the session to tell."""
     notes = []
@@ -202,4 +207,4 @@ def _unused(file: LoraFile) -> list[str]:
     return notes
 
 
-__all__ = ["NEEDS", "TAG", "ParseTags", "Requests"]
+__all__ = ["NEEDS", "TAG", "ParseTags", "Requests", "is_reference"]

@@ -197,6 +197,37 @@ class TestFusion:
         assert not close(made[1], webui.run(inner_prompt.replace(TAG, "").strip(), seed=5))
         assert close(outer.images, webui.run(f"a cat {TAG}"))
 
+    @pytest.mark.parametrize(
+        ("prompts", "words"),
+        [
+            (("a face <dynfus:dog:watercolor>",), "<dynfus:dog:watercolor> is no tag that is known"),
+            (("a face <dynfuse:dgo:watercolor>",), "no LoRA named 'dgo'"),
+            (("a face", TAG), "stands in the negative prompt"),
+        ],
+    )
+    @pytest.mark.parametrize("outer_prompt", ["a cat", f"a cat {TAG}"])
+    def test_a_mistake_in_the_prompts_of_a_job_inside_is_told_with_the_outer_picture(self, webui, outer_prompt, prompts, words):
+        """ADetailer's prompts: DynFuse's script is not run for its jobs, and the WebUI prints what a hook raises and goes on."""
+
+        def repaint(p, *args):
+            with pytest.raises(RuntimeError, match=words):
+                webui.process(Processing(*prompts, seed=5))
+
+        outer = webui.process(Processing(outer_prompt, callbacks={"postprocess_batch": repaint}))
+        assert words in " ".join(outer.p.comments)
+        note = outer.p.extra_generation_params["DynFuse note"]
+        assert words in (note() if callable(note) else note)
+        assert close(outer.images, webui.run(outer_prompt))
+
+    def test_a_tag_of_a_job_inside_is_understood_in_any_case_and_with_spaces(self, webui):
+        made = []
+
+        def repaint(p, *args):
+            made.append(webui.process(Processing("a face < DynFuse : dog:watercolor >", seed=5)).images)
+
+        webui.process(Processing("a cat", callbacks={"postprocess_batch": repaint}))
+        assert close(made[0], webui.run(f"a face {TAG}", seed=5))
+
     def test_a_job_after_it_or_inside_a_plain_one_is_plain(self, webui, plain):
         made = []
         webui.process(Processing(f"a cat {TAG}"))
