@@ -9,6 +9,7 @@ half precision knows. Nothing here waits for the device until the record is read
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,8 @@ from .correction import Level, Schedule, effective_m, exact_factor, fast_factor,
 from .decode import LatentDecoder
 from .encoders import Encoders, without_autocast
 from .score import TERMS, Targets, score, similarities
+
+log = logging.getLogger(__name__)
 
 # Fractions of the steps come from sliders: 0.30000000000000004 is 0.3.
 _FRACTION_NOISE = 1e-6
@@ -109,7 +112,7 @@ class Guide:
 
         denoised: (B, C, h, w) with its graph, which is used up. x: the leaf of that graph, (B, C, h, w). unit: x is the latent in the
         host's units (see correction.exact_factor) times this; 1/sqrt(1 + s^2) for a leaf in VP units. Otherwise as fast_shift, whose
-        shift is returned where memory does not suffice for the way through the denoiser.
+        shift is returned where there is no way back through the denoiser, or no memory for it.
         """
         with _gradients(denoised.device.type):
             gradient = self._latent_gradient(denoised, level)
@@ -120,9 +123,11 @@ class Guide:
                 try:
                     through = _pulled_back(gradient, denoised, x)
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
                     reason = "memory ran out on the way back through the denoiser"
+                    if not is_out_of_memory(error):
+                        # A kernel without a backward pass, which torch tells of in many words: Forge Neo's rotary embedding is one.
+                        log.info("DynFuse found no way back through the denoiser", exc_info=True)
+                        reason = "a part of the denoiser has no backward pass"
             if through is None:
                 # Not in the except clause: the exception's frames hold on to the memory that ran out.
                 _free_memory(denoised.device)

@@ -445,6 +445,30 @@ class TestMemory:
         assert guide.gradient == "fast"
         assert "memory ran out" in guide.record.notes[0]
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("Trying to backward through comfy_kitchen.apply_rope.default but no autograd formula was registered."),
+            NotImplementedError("derivative for aten::_fused is not implemented"),
+        ],
+        ids=["a kernel of another library", "a kernel of torch"],
+    )
+    def test_a_kernel_without_a_backward_pass_gets_the_fast_gradient(self, encoders, error):
+        class NoWayBack(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                raise error
+
+        guide = a_guide(encoders, gradient="exact")
+        leaf = noise(1, *SHAPE).float().requires_grad_()
+        shift = guide.exact_shift(NoWayBack.apply(leaf), leaf, LEVEL)
+        torch.testing.assert_close(shift, a_guide(encoders).fast_shift(leaf.detach(), LEVEL))
+        assert guide.record.notes == ["The exact gradient was given up for the fast one: a part of the denoiser has no backward pass."]
+
     def test_a_host_whose_denoiser_gives_no_graph_gets_the_fast_gradient(self, encoders):
         guide = a_guide(encoders, gradient="exact")
         denoised = noise(1, *SHAPE).float()
