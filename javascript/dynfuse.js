@@ -77,6 +77,28 @@
         }
     });
 
+    // The contact sheet's pictures: the settings go through a hidden text box, with a number, so that the same one can be clicked again.
+    let clicks = 0;
+    document.addEventListener("click", function(event) {
+        const cell = event.composedPath().find((part) => part instanceof HTMLElement && part.classList.contains("dynfuse-cell"));
+        const choice = cell && gradioApp().querySelector(`#dynfuse_${cell.dataset.tab}_tuned_choice textarea, #dynfuse_${cell.dataset.tab}_tuned_choice input`);
+        if (choice) {
+            clicks += 1;
+            choice.value = JSON.stringify({settings: JSON.parse(cell.dataset.settings), click: clicks});
+            updateInput(choice);
+        }
+    });
+
+    // What "Tune this pair" does at last, unless its message says that a LoRA is missing. The WebUI shows Interrupt while it works.
+    window.dynfusePressGenerate = function(tab, message, mark) {
+        const interrupt = gradioApp().getElementById(`${tab}_interrupt`);
+        const busy = interrupt && interrupt.style.display === "block";
+        if (String(message).includes(mark) && !busy) {
+            gradioApp().getElementById(`${tab}_generate`)?.click();
+        }
+        return [];
+    };
+
     // On the document: the picture is replaced after every job.
     document.addEventListener("click", function(event) {
         const picture = event.composedPath()[0];

@@ -23,7 +23,7 @@ class Bars:
         self._close()
 
     def show(self, what: str, done: int, total: int, unit: str) -> None:
-        """unit: "step", "layer", or "B" for bytes, whose bars stay."""
+        """unit: "step", "layer", "picture", or "B" for bytes, whose bars stay."""
         if what != self._what or self._bar is None:
             self._close()
             self._what = what

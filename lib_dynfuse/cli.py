@@ -51,6 +51,7 @@ NOT_MERGED = (
     *GUIDANCE_FIELDS,
     *("hr", "criterion", "granularity", "temperature", "balance", "bias", "decide", "decide_every", "vote_tokens"),
     *("contrast", "style_contrast", "subject_contrast", "contrast_every", "contrast_start", "contrast_end", "negative_weight"),
+    "tune",
 )
 """Settings that cannot matter to a file that is made without a picture."""
 

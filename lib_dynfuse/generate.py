@@ -28,6 +28,9 @@ from .home import encoders_folder, references_folder
 from .lora import LoraFile, check_target
 from .settings import FuseSettings
 from .text import infotext
+from .tuning import sheet
+from .tuning.plan import untuned, wants_tuning
+from .tuning.search import Tuned
 
 if TYPE_CHECKING:  # imports diffusers, which is not everywhere
     from .hosts.diffusers import FusedImages, FusedPipeline
@@ -92,6 +95,15 @@ def run(request: Request) -> int:
     fused = FusedPipeline(pipeline, subjects, styles, settings, sources)
     width, height = request.size or (None, None)
     notes: dict[str, None] = {}
+    found = None
+    if wants_tuning(settings):
+        try:
+            found = _tuned(request, fused, first)
+            settings = found.settings(settings)
+        except EncoderError as error:
+            notes[f"The pair was not tuned: {error}"] = None
+            settings = untuned(settings)
+        fused = FusedPipeline(pipeline, subjects, styles, settings, sources)
     traces: list[Trace] = []
     with tqdm(total=request.steps * -(-len(seeds) // request.batch), unit="step") as bar, Bars() as bars:
         for start in range(0, len(seeds), request.batch):
@@ -114,17 +126,40 @@ def run(request: Request) -> int:
             for position, (seed, image) in enumerate(zip(batch, made.images, strict=True)):
                 path = next_path(request.out, seed)
                 fields = infotext_fields(request, used, pipeline, seed, image.size, files)
+                if found is not None:
+                    fields[infotext.TUNED] = found.sentence
                 information = PngInfo()
                 information.add_text("parameters", format_infotext(request.prompt, request.negative_prompt, fields))
                 image.save(path, pnginfo=information)
                 with tqdm.external_write_mode():
                     print(path)
                 _save_beside(path, made, position, with_references=seed == first)
+                if found is not None and seed == first:
+                    sheet.draw(found).save(path.with_name(f"{path.stem}-dynfuse-tuned.png"))
     for note in notes:
         print(f"Note: {note}", file=sys.stderr)
     if request.save_lora is not None:
         _save_lora(request.save_lora, request.save_rank, fused, traces)
     return 0
+
+
+def _tuned(request: Request, fused: FusedPipeline, seed: int) -> Tuned:
+    """The settings found for the pair, told on standard output. Raises EncoderError."""
+    width, height = request.size or (None, None)
+    with Bars() as bars:
+        found = fused.tuned(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=seed,
+            steps=request.steps,
+            cfg_scale=request.cfg_scale,
+            width=width,
+            height=height,
+            progress=lambda done, total: bars.show("Small pictures for tuning", done, total, "picture"),
+        )
+    print("Tuned:", found.sentence)
+    print(*found.table(), sep="\n")
+    return found
 
 
 def _save_lora(path: Path, rank: int | None, fused: FusedPipeline, traces: Sequence[Trace]) -> None:
@@ -141,13 +176,14 @@ def _save_lora(path: Path, rank: int | None, fused: FusedPipeline, traces: Seque
 def _encoders(request: Request) -> EncoderSources | Encoders:
     """The encoders, before the model is loaded: what is missing is said, or downloaded, at once. Raises EncoderError."""
     settings = request.settings
-    if not settings.guidance or not settings.m:
+    guided = settings.guidance and settings.m
+    if not guided and not wants_tuning(settings):
         return request.encoders
     try:
         with Bars() as bars:
             return load_encoders(request.encoders, lambda what, done, total: bars.show(what, done, total, "B"))
     except EncoderError:
-        if not request.go_on_without_encoders:
+        if guided and not request.go_on_without_encoders:
             raise
     return request.encoders
 

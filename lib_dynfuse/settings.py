@@ -468,6 +468,13 @@ class FuseSettings:
         maximum=1.0,
         slider=(-1.0, 1.0, 0.05),
     )
+    tune: str = setting(
+        "off",
+        "Tune",
+        "auto: before the first picture, small pictures at a few tilts between subject and style and a few contrasts are made, and the "
+        "settings of the best are used; they are kept, so that the same job has them at once. Needs the guidance's CLIP and DINO encoders.",
+        choices=("off", "auto"),
+    )
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
@@ -602,6 +609,7 @@ _PAPER: dict[str, Any] = {
     "contrast_end": 1.0,
     "negative_weight": 1.0,
     "loser": 0.0,
+    "tune": "off",
 }
 """Sections 4.1, 4.2 and 5.1 of the paper (arXiv 2602.15539); what it leaves open is as in the defaults."""
 

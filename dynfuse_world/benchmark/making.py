@@ -91,6 +91,7 @@ class Studio:
             cfg_scale=setup.cfg_scale,
             progress=clock.step,
             reference_progress=clock.reference_step,
+            tuning_progress=clock.tuning_step,
         )
         return made.images, diagnosis(made.trace, all_rows=fused.every_row)
 
@@ -148,7 +149,7 @@ class _Fusion(FusedPipeline):
 
 
 class _Clock:
-    """Times a row, without the references that were made on the way.
+    """Times a row, without the references and the small pictures that were made on the way.
 
     In processor time: on one thread of a quiet machine that is the wall's.
     """
@@ -163,6 +164,9 @@ class _Clock:
     def reference_step(self, side: str, done: int, steps: int) -> None:
         self._on_step()
         self._start = time.process_time()
+
+    def tuning_step(self, done: int, pictures: int) -> None:
+        self.reference_step("", done, pictures)
 
     def pipeline_step(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self._on_step()

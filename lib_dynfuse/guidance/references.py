@@ -1,4 +1,4 @@
-"""The reference pictures (paper, Eq. 14-15), kept from job to job.
+"""The reference pictures (paper, Eq. 14-15), and what else is found with encoders, kept from job to job.
 
 One entry is one PNG, which people can look at; its text chunk holds the prompt, the embeddings and a checksum over all of it. It is
 written under another name and renamed, so that a killed process leaves no half entry, and any number of processes may share a folder.
@@ -18,10 +18,10 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -30,6 +30,8 @@ from torch import Tensor
 
 from ..settings import FuseSettings, SettingsError
 from .encoders import Embeddings, Encoders
+
+T = TypeVar("T")
 
 _CHUNK = "dynfuse reference"
 _GIVEN = "given"
@@ -111,18 +113,12 @@ class ReferenceCache:
 
     def get(self, key: ReferenceKey) -> Reference | None:
         """The entry of a key; None if there is none or it is damaged."""
-        path = self._path(key)
-        try:
-            picture, about = _read(path)
+
+        def read(picture: Image.Image, about: dict[str, Any]) -> Reference:
             embeddings = Embeddings(clip=_row(about["clip"]), dino=_row(about["dino"]))
-            prompt = str(about["prompt"])
-        except FileNotFoundError:
-            return None
-        except _DAMAGED:
-            self._remove(path)
-            return None
-        self._touch(path)
-        return Reference(key.side, picture, embeddings, prompt)
+            return Reference(key.side, picture, embeddings, str(about["prompt"]))
+
+        return self.entry(key.digest, read)
 
     def put(self, key: ReferenceKey, picture: Image.Image, embeddings: Embeddings, prompt: str) -> Reference:
         """Keep a reference. A folder that cannot be written to only costs the next job its time."""
@@ -134,10 +130,28 @@ class ReferenceCache:
             "dino": _text(embeddings.dino),
             "key": asdict(key),
         }
-        with contextlib.suppress(OSError):
-            self._write(self._path(key), picture, about)
-            self._make_room(self._path(key))
+        self.keep_entry(key.digest, picture, about)
         return Reference(key.side, picture, Embeddings(embeddings.clip.cpu(), embeddings.dino.cpu()), prompt)
+
+    def entry(self, digest: str, read: Callable[[Image.Image, dict[str, Any]], T]) -> T | None:
+        """What read makes of the picture of that name and of what is kept with it; None if there is none, or it is damaged."""
+        path = self.folder / f"{digest}.png"
+        try:
+            found = read(*_read(path))
+        except FileNotFoundError:
+            return None
+        except _DAMAGED:
+            self._remove(path)
+            return None
+        self._touch(path)
+        return found
+
+    def keep_entry(self, digest: str, picture: Image.Image, about: dict[str, Any]) -> None:
+        """Keep a picture under a name. about: for JSON; "side" and "prompt" are shown. As with put, a folder that refuses is no error."""
+        path = self.folder / f"{digest}.png"
+        with contextlib.suppress(OSError):
+            self._write(path, picture, about)
+            self._make_room(path)
 
     def keep_picture(self, image: Image.Image) -> str:
         """Keep a picture that the user gave. Returns 16 hex digits that stand for its contents. Raises OSError."""
@@ -195,9 +209,6 @@ class ReferenceCache:
         for path in self._abandoned(0.0):
             self._remove(path)
         return removed
-
-    def _path(self, key: ReferenceKey) -> Path:
-        return self.folder / f"{key.digest}.png"
 
     def _given(self, name: str) -> Path:
         return self.folder / f"{_GIVEN}-{name}.png"

@@ -15,6 +15,7 @@ from . import tag
 ENABLED = "DynFuse"
 HASHES = "DynFuse LoRA hashes"
 NOTE = "DynFuse note"
+TUNED = "DynFuse tuned"
 
 
 def field_key(name: str) -> str:

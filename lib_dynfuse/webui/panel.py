@@ -23,7 +23,7 @@ from ..hosts.webui.host import WebUIHost
 from ..settings import LORA_FIELDS, PRESET, PRESETS, SettingsError, default_value, field_metadata, field_types, preset_names, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
-from . import gallery, inspector, own_presets, pictures, result
+from . import gallery, inspector, own_presets, pictures, result, results, tuning
 from .arguments import WEIGHTS
 from .given_picture import GivenPicture
 
@@ -67,7 +67,7 @@ WEIGHT_TEXT_TOOLTIP = (
 def _unplaced() -> list[tuple[str, ...]]:
     """Rows of the settings that no table above has a place for: none is without a control."""
     sides = (*LORA_FIELDS, *(f"{side}_{part}" for side in LORA_FIELDS for part in ("weight", "prompt", "image")), "reference_seed")
-    placed = {*sides, BETWEEN, *TOP_ROW, *(name for row in (*ADVANCED_ROWS, *GUIDANCE_ROWS) for name in row)}
+    placed = {*sides, BETWEEN, tuning.SETTING, *TOP_ROW, *(name for row in (*ADVANCED_ROWS, *GUIDANCE_ROWS) for name in row)}
     left = [name for name in field_types() if name not in placed]
     return [tuple(left[start : start + 3]) for start in range(0, len(left), 3)]
 
@@ -78,6 +78,7 @@ class Panel:
 
     enabled: the switch. fields: by field name, in the order of FuseSettings. texts: of the weights, by name (see weight_text). result:
     where what is known of the job's pictures goes. references: where the kept references are shown.
+    tuning: the contact sheet and its button.
     """
 
     enabled: Any
@@ -85,6 +86,7 @@ class Panel:
     texts: dict[str, Any]
     result: result.Result
     references: Any
+    tuning: tuning.Tuning
 
     @property
     def arguments(self) -> list[Any]:
@@ -175,6 +177,7 @@ def build(tab: str, host: WebUIHost) -> Panel:
         for control in chosen_so:
             _quietly(control.change, _explained, inputs=chosen_so, outputs=[explained])
         own = own_presets.build(element, host)
+        tune = tuning.build(element, add)
         with gr.Accordion("Advanced", open=False, elem_id=element("advanced"), elem_classes=["dynfuse-advanced"]):
             for row in (*ADVANCED_ROWS, *_unplaced()):
                 with gr.Row(elem_classes=["dynfuse-row"]):
@@ -217,9 +220,12 @@ def build(tab: str, host: WebUIHost) -> Panel:
         sides = [fields[name] for name in _sided(fields)]
         _quietly(swap.click, functools.partial(_swapped, _sided(fields)), inputs=sides, outputs=sides)
         shown = result.build(element)
+        sheet = tuning.build_sheet(element, *tune)
+        tuning.wire(sheet, tab, enabled, fields, _quietly)
+        _quietly(shown.job.change, lambda job: tuning.sheet_html(tab, results.tuned(tab, job)), inputs=[shown.job], outputs=[sheet.sheet])
 
     texts = {name: fields.pop(name) for name in WEIGHT_TEXTS}
-    return Panel(enabled, {name: fields[name] for name in field_types()}, texts, shown, references)
+    return Panel(enabled, {name: fields[name] for name in field_types()}, texts, shown, references, sheet)
 
 
 def _explained(method: str | None, contrast: float | None) -> str:

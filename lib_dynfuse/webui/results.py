@@ -22,6 +22,7 @@ from ..guidance.references import Reference
 from ..hosts.webui.passes import FusionPass, Recipe
 from ..settings import FuseSettings
 from . import map_page, options, pictures
+from .tuning import Sheet
 
 # What the host saves of an image besides the image itself (modules/processing.py, images.save_image(..., suffix=)).
 _OTHER_SAVES = ("-before-highres-fix", "-before-face-restoration", "-before-color-correction", "-mask", "-mask-composite", "-init-image")
@@ -51,6 +52,7 @@ class _Seen:
     notes: tuple[str, ...]
     hires: bool
     recipe: Recipe | None
+    tuned: Sheet | None
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ def recipe(shown: Shown) -> Recipe | None:
     return replace(found, trace=found.trace.of_image(shown.place))
 
 
+def tuned(tab: str, job: str | None) -> Sheet | None:
+    """The search of a job; None if there was none. job: see job_of."""
+    return next((p.tuned for batch in _batches(tab, job) for p in batch.passes if p.tuned is not None), None)
+
+
 def job_in(information: str | None) -> str:
     """The job whose pictures a browser has, which it keeps over a reload of the page. Empty for a tab without pictures."""
     try:
@@ -174,7 +181,8 @@ def save_beside(filename: str, passes: Sequence[FusionPass]) -> None:
 
 def _seen(p: FusionPass) -> _Seen:
     references = tuple(_seen_reference(reference) for reference in (p.guidance.references if p.guidance is not None else ()))
-    return _Seen(p.settings, p.trace, _record(p), references, tuple(p.notes), p.hires, p.recipe)
+    search = Sheet(p.tuned, p.settings) if p.tuned is not None and p.settings is not None else None
+    return _Seen(p.settings, p.trace, _record(p), references, tuple(p.notes), p.hires, p.recipe, search)
 
 
 def _seen_reference(reference: Reference) -> _SeenReference:

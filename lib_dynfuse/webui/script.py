@@ -21,7 +21,7 @@ from ..guidance.guide import wants_guidance
 from ..hosts.webui.detect import detect
 from ..settings import LORA_FIELDS, FuseSettings, SettingsError, use_own_presets
 from ..text import infotext, tag
-from . import axes, options, panel, result, results
+from . import axes, options, panel, result, results, tuning
 from .arguments import read_arguments
 
 log = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def _before_ui() -> None:
     # Not earlier: the registry of extra networks is emptied after the scripts have loaded (initialize.py, initialize_rest).
     # Also called without a user interface (--nowebui).
     host = detect()
-    host.install(tag.parse_tags)
+    host.install(tag.parse_tags, tuning.tell)
     use_own_presets(lambda: host.presets.all())
     if host.off is None:
         extra_networks.register_extra_network(DynFuseNetwork())

@@ -1,4 +1,4 @@
-"""Arrows never point back: webui -> hosts -> guidance, fusion -> lora -> settings; and within hosts nothing goes round in a circle."""
+"""Arrows never point back: webui -> hosts -> tuning -> guidance, fusion -> lora -> settings; in hosts nothing goes round in a circle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import lib_dynfuse
 
 ROOT = Path(lib_dynfuse.__file__).parent
-ORDER = ("settings", "lora", "fusion", "guidance", "hosts", "webui")
+ORDER = ("settings", "lora", "fusion", "guidance", "tuning", "hosts", "webui")
 
 
 def modules():

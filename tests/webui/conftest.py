@@ -79,8 +79,9 @@ class FakeHost:
     def passes(self, p):
         return getattr(p, "passes", [])
 
-    def install(self, parse_request):
+    def install(self, parse_request, tell_tuned=None):
         self.installed = parse_request
+        self.told = tell_tuned
 
     def uninstall(self):
         self.installed = None

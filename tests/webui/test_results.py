@@ -35,7 +35,9 @@ def fusion_pass(*notes, hires=False, with_trace=True, guidance=None, recipe=None
     """What hosts.webui.passes.FusionPass shows of a finished pass."""
     settings = FuseSettings(subject="<dog>", style="watercolor")
     seen = trace() if with_trace else None
-    return types.SimpleNamespace(trace=seen, settings=settings, notes=list(notes), hires=hires, guidance=guidance, recipe=recipe)
+    return types.SimpleNamespace(
+        trace=seen, settings=settings, notes=list(notes), hires=hires, guidance=guidance, recipe=recipe, tuned=None
+    )
 
 
 def record(steps=3):

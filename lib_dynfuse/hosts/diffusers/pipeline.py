@@ -29,14 +29,18 @@ from ...guidance.guide import GuidanceRecord, wants_guidance
 from ...guidance.references import Reference, reference_of_given, sides_needed
 from ...guidance.score import Targets
 from ...guidance.weights import EncoderError
+from ...lora import LoraFile, smallest_side
 from ...reasons import first_line
 from ...settings import FuseSettings
+from ...tuning.kept import digest_of, keep, known
+from ...tuning.plan import small_frame, untuned, wants_tuning
+from ...tuning.search import Tuned, search
 from ..references import alone, similarity
 from ..sides import SIDES, Loras, as_tuple
 from ..wrapping import wrapped
 from .guidance import GuidanceSources, GuidedCall, NoDecoderError, guidance_decoders
 from .loading import PipelineError
-from .references import Job, influential, reference_key, reference_prompt
+from .references import Job, influential, pixels_of, reference_key, reference_prompt
 from .schedulers import SchedulerError, SchedulerSteps, StepsOfCalls
 from .text import SummedTextParts, text_encoders
 
@@ -45,7 +49,8 @@ from .text import SummedTextParts, text_encoders
 class FusedImages:
     """images: PIL, in the order of the seeds. trace, report: as a session's. notes: sentences that the user should see.
 
-    guidance: what the guidance saw and did, None where there was none. references: what it steered towards.
+    guidance: what the guidance saw and did, None where there was none. references: what it steered towards. tuned: what was found
+    where the settings were searched for.
     """
 
     images: list[Image.Image]
@@ -54,6 +59,7 @@ class FusedImages:
     notes: list[str]
     guidance: GuidanceRecord | None = None
     references: list[Reference] = field(default_factory=list)
+    tuned: Tuned | None = None
 
 
 Progress = Callable[[int, int], None]
@@ -96,19 +102,38 @@ class FusedPipeline:
         height: int | None = None,
         progress: Progress | None = None,
         reference_progress: ReferenceProgress | None = None,
+        tuning_progress: Progress | None = None,
         **more: Any,
     ) -> FusedImages:
         """One image per seed, as one batch; an image does not depend on the others of its batch.
 
         cfg_scale: the CFG scale (Flux: the distilled guidance), None for the pipeline's default. width, height: pixels, None for the
         model's own size. progress: called with (steps done, steps) after each. reference_progress: the same while a reference is made.
+        tuning_progress: called with (small pictures made, small pictures) where the settings are searched for.
         more: passed on to the pipeline.
         Raises PipelineError for arguments that the pipeline refuses, and where the guidance cannot follow its scheduler; EncoderError
         and SettingsError where an encoder or a reference picture cannot be had.
         """
+        job = Job(negative_prompt, seeds[0], steps, cfg_scale, width, height, more)
+        if wants_tuning(self.settings):
+            found, notes = self._tuned(prompt, job, tuning_progress)
+            settings = untuned(self.settings) if found is None else found.settings(self.settings)
+            fused = FusedPipeline(self.pipeline, self.subjects, self.styles, settings, self.guidance)
+            made = fused(
+                prompt,
+                negative_prompt=negative_prompt,
+                seeds=seeds,
+                steps=steps,
+                cfg_scale=cfg_scale,
+                width=width,
+                height=height,
+                progress=progress,
+                reference_progress=reference_progress,
+                **more,
+            )
+            return replace(made, tuned=found, notes=notes + made.notes)
         session = self._new_session()
         notes = list(self._text.notes)
-        job = Job(negative_prompt, seeds[0], steps, cfg_scale, width, height, more)
         # Under a caller's inference mode no gradient could be taken.
         with torch.inference_mode(False):
             call, references = self._guided(prompt, job, notes, reference_progress)
@@ -146,6 +171,83 @@ class FusedPipeline:
         return FusedImages(
             images, session.trace, session.report, notes + session.notes() + (record.notes if record else []), record, references
         )
+
+    def tuned(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        seed: int = 0,
+        steps: int = 30,
+        cfg_scale: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        progress: Progress | None = None,
+        **more: Any,
+    ) -> Tuned:
+        """The search that `tune=auto` asks for, whatever the settings say of it: see tuning. Arguments as for a picture; of its references
+        and small pictures the seed is settings.reference_seed where that is given. progress: (small pictures made, small pictures).
+
+        Raises EncoderError or SettingsError where an encoder or a reference picture cannot be had.
+        """
+        with torch.inference_mode(False):
+            return self._search(prompt, Job(negative_prompt, seed, steps, cfg_scale, width, height, more), progress)
+
+    def _tuned(self, prompt: str, job: Job, progress: Progress | None) -> tuple[Tuned | None, list[str]]:
+        """What was found, or why nothing was: without encoders the settings stay."""
+        try:
+            with torch.inference_mode(False):
+                return self._search(prompt, job, progress), []
+        except EncoderError as error:
+            return None, [f"The pair was not tuned: {error}"]
+
+    def _search(self, prompt: str, job: Job, progress: Progress | None) -> Tuned:
+        settings, cache, encoders = untuned(self.settings), self.guidance.cache, self._encoders()
+        full = pixels_of(self.pipeline)
+        frame = small_frame(job.width or full, job.height or full, job.steps, smallest_side(self.subjects[0].family))
+        seed = settings.reference_seed if settings.reference_seed >= 0 else job.seed
+        job = replace(job, seed=seed, width=frame.width, height=frame.height, steps=frame.steps)
+        prompts = {side: reference_prompt(side, settings, self._side(side), prompt) for side in SIDES}
+        keys = [reference_key(side, settings, self._side(side), prompts[side], job, self.pipeline, encoders.identity) for side in SIDES]
+        digest = digest_of(keys, settings, prompt)
+        if (found := known(cache, digest)) is not None:
+            return found
+        references = [self._reference(side, prompt, job, encoders, None) for side in SIDES]
+
+        def picture(tried: FuseSettings, number: int, count: int) -> Image.Image:
+            made = FusedPipeline(self.pipeline, self.subjects, self.styles, tried, replace(self.guidance, encoders=encoders))
+            if progress is not None:
+                progress(number - 1, count)
+            image: Image.Image = made._picture(prompt, job)
+            if progress is not None:
+                progress(number, count)
+            return image
+
+        found = search(settings, frame, references, encoders, picture)
+        keep(cache, digest, found, prompt)
+        return found
+
+    def _picture(self, prompt: str, job: Job, progress: Progress | None = None) -> Image.Image:
+        """One picture of a job of its own."""
+        return self(
+            prompt,
+            negative_prompt=job.negative_prompt,
+            seeds=[job.seed],
+            steps=job.steps,
+            cfg_scale=job.cfg_scale,
+            width=job.width,
+            height=job.height,
+            progress=progress,
+            **influential(job.more),
+        ).images[0]
+
+    def _side(self, side: str) -> tuple[LoraFile, ...]:
+        return self.subjects if side == "subject" else self.styles
+
+    def _encoders(self) -> Encoders:
+        """Raises EncoderError."""
+        sources = self.guidance.encoders
+        return sources if isinstance(sources, Encoders) else load_encoders(sources, self.guidance.progress)
 
     @property
     def layer_shapes(self) -> dict[str, tuple[int, ...] | None]:
@@ -200,9 +302,8 @@ class FusedPipeline:
             decoders = guidance_decoders(self.pipeline, settings.decoder, self.guidance.taesd)
         except (SchedulerError, NoDecoderError) as error:
             raise PipelineError(str(error)) from None
-        sources = self.guidance.encoders
         try:
-            encoders = sources if isinstance(sources, Encoders) else load_encoders(sources, self.guidance.progress)
+            encoders = self._encoders()
         except EncoderError as error:
             if not self.guidance.go_on:
                 raise
@@ -217,8 +318,7 @@ class FusedPipeline:
 
     def _similarity(self, prompt: str, job: Job, progress: ReferenceProgress | None) -> float:
         """Of the two pictures of one side alone that the method compares. Raises EncoderError."""
-        sources = self.guidance.encoders
-        encoders = sources if isinstance(sources, Encoders) else load_encoders(sources, self.guidance.progress)
+        encoders = self._encoders()
         own = self.settings.reference_seed
         job = replace(job, seed=own if own >= 0 else job.seed)
         return similarity([self._generated(side, prompt, job, encoders, progress) for side in SIDES])
@@ -228,28 +328,16 @@ class FusedPipeline:
         settings = self.settings
         if given := getattr(settings, f"{side}_image"):
             return reference_of_given(side, given, self.guidance.cache, encoders)
-        loras = self.subjects if side == "subject" else self.styles
-        return self._generated(side, reference_prompt(side, settings, loras, prompt), job, encoders, progress)
+        return self._generated(side, reference_prompt(side, settings, self._side(side), prompt), job, encoders, progress)
 
     def _generated(self, side: str, prompt: str, job: Job, encoders: Encoders, progress: ReferenceProgress | None) -> Reference:
         """The picture of one side's LoRAs alone, from the cache or new. prompt: its own."""
         settings, cache = self.settings, self.guidance.cache
-        loras = self.subjects if side == "subject" else self.styles
-        key = reference_key(side, settings, loras, prompt, job, self.pipeline, encoders.identity)
-        if (known := cache.get(key)) is not None:
-            return known
-        made = FusedPipeline(self.pipeline, self.subjects, self.styles, alone(settings, side))(
-            prompt,
-            negative_prompt=job.negative_prompt,
-            seeds=[job.seed],
-            steps=job.steps,
-            cfg_scale=job.cfg_scale,
-            width=job.width,
-            height=job.height,
-            progress=partial(progress, side) if progress else None,
-            **influential(job.more),
-        )
-        picture = made.images[0]
+        key = reference_key(side, settings, self._side(side), prompt, job, self.pipeline, encoders.identity)
+        if (kept := cache.get(key)) is not None:
+            return kept
+        alone_ = FusedPipeline(self.pipeline, self.subjects, self.styles, alone(settings, side))
+        picture = alone_._picture(prompt, job, partial(progress, side) if progress else None)
         return cache.put(key, picture, encoders.embed_picture(picture), prompt)
 
 

@@ -49,7 +49,7 @@ def reference_key(
     own = {name for name in networks if name != "vae"}
     strength = full_weight(settings, side)
     blocks = getattr(settings, f"{side}_blocks")
-    size = pipeline.vae_scale_factor * denoiser_sample_size(pipeline)
+    size = pixels_of(pipeline)
     return ReferenceKey(
         side=side,
         checkpoint=_digest(*(fingerprint(networks[name]) for name in sorted(own))),
@@ -83,6 +83,11 @@ def influential(more: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in more.items() if name not in _OF_THE_JOB_ALONE}
 
 
+def pixels_of(pipeline: Any) -> int:
+    """Side of the model's own picture, in pixels."""
+    return int(pipeline.vae_scale_factor * denoiser_sample_size(pipeline))
+
+
 def denoiser_sample_size(pipeline: Any) -> int:
     """Side of the model's own latent, in latent pixels as the pipeline counts them."""
     size = getattr(pipeline, "default_sample_size", None)
@@ -113,6 +118,7 @@ __all__ = [
     "Job",
     "fingerprint",
     "influential",
+    "pixels_of",
     "reference_key",
     "reference_prompt",
 ]

@@ -24,6 +24,7 @@ from .requests import ParseTags, Requests
 from .roles import Roles
 from .seams import Seams
 from .storage import Storage
+from .tuning import Tell
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,14 @@ class WebUIHost:
         """The references of earlier jobs, and the pictures that the user gave."""
         return self.storage.reference_cache
 
-    def install(self, parse_tags: ParseTags) -> None:
-        """Wrap the WebUI's functions, or none of them: see off. May be called again at any time, with another parser."""
+    def install(self, parse_tags: ParseTags, tell_tuned: Tell | None = None) -> None:
+        """Wrap the WebUI's functions, or none of them: see off. May be called again at any time, with another parser.
+
+        tell_tuned: called when a job uses other settings than it asked for, because they were found for its pair.
+        """
         self.requests.parse_tags = parse_tags
+        if tell_tuned is not None:
+            self.requests.tell_tuned = tell_tuned
         try:
             off = why_off(self.needs, self.roles.barred)
             if off is None:

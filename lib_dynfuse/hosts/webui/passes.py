@@ -18,6 +18,7 @@ from ...fusion import FusionError, FusionSession, Report, Step, Trace
 from ...fusion.batches import Adjust, ModelCall
 from ...lora import LoraFile
 from ...settings import FuseSettings
+from ...tuning.search import Tuned
 from .facts import Sampling
 from .guided import GuidedPass
 from .lora_files import FileVersion
@@ -67,7 +68,8 @@ class FusionPass:
 
     settings: what was asked for; None if it could not be understood. request: the same with the LoRAs, until the job is over.
     error: the sentence that stops the image, instead of a request. guidance: None where none is wanted, or could be had. similarity:
-    of the pictures that the method compares, if it does. batch: number of the batch in the job, from 0.
+    of the pictures that the method compares, if it does. tuned: where the settings are what was found for the pair. batch: number of
+    the batch in the job, from 0.
     """
 
     roles: Roles
@@ -76,6 +78,7 @@ class FusionPass:
     error: str | None = None
     guidance: GuidedPass | None = None
     similarity: float | None = None
+    tuned: Tuned | None = None
     hires: bool = False
     batch: int = 0
     denoising: bool = field(default=False, init=False)

@@ -9,6 +9,7 @@ from typing import Any
 from ...guidance.encoders import Encoders
 from ...guidance.references import Reference, sides_needed
 from ...settings import FuseSettings
+from ...tuning.search import Tuned
 from .guided import Decoders
 from .passes import FusionPass
 
@@ -27,6 +28,8 @@ class FusionJob:
         self.over = False
         self.decoders = Decoders()
         self.encoders: Encoders | None = None
+        self.tuned: dict[FuseSettings, Tuned | None] = {}
+        """By what was asked for: what was found for the pair, None where there were no encoders."""
 
     @classmethod
     def of(cls, p: Any) -> FusionJob | None:

@@ -14,9 +14,10 @@ from ...fusion.rules import RULES
 from ...guidance.encoders import Encoders
 from ...guidance.guide import wants_guidance
 from ...guidance.weights import EncoderError
-from ...lora import LoraFile, compatible
+from ...lora import LoraFile, compatible, smallest_side
 from ...lora.branch import LoraError
 from ...settings import FuseSettings, SettingsError
+from ...tuning.plan import small_frame, untuned, wants_tuning
 from ..references import compared, similarity
 from ..sides import SIDES, names_of
 from .capabilities import Call, Value
@@ -29,6 +30,7 @@ from .references import JOB_ARGUMENTS, Interrupted, ReferenceFailed, ReferenceMa
 from .roles import Roles
 from .storage import Storage
 from .text_parts import text_parts
+from .tuning import Tell, tuned, with_both_sides
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Requests:
 
     def __init__(self, roles: Roles, catalogue: Catalogue, storage: Storage):
         self.parse_tags: ParseTags = lambda tags: None
+        self.tell_tuned: Tell = lambda p, asked, used, found: None
         self._roles = roles
         self._catalogue = catalogue
         self._storage = storage
@@ -81,7 +84,9 @@ class Requests:
             if new.settings is None:
                 return None
             if own is None and inherited is not None:
-                new.settings = replace(new.settings, guidance=False)
+                new.settings = replace(untuned(new.settings), guidance=False)
+            if wants_tuning(new.settings):
+                new.settings = self._tuned(p, data, new, new.settings, job)
             new.request = self._read(new.settings.for_hires() if new.hires else new.settings)
             if wants_guidance(new.settings):
                 new.guidance = self._guidance(p, data, new, job)
@@ -139,6 +144,28 @@ class Requests:
         except Interrupted:
             return None  # the job itself stops at its first step
         return GuidedPass(self._roles.samplers, new.settings, encoders, references, job.decoders)
+
+    def _tuned(self, p: Any, data: Mapping[str, Sequence[Any]], new: FusionPass, asked: FuseSettings, job: FusionJob) -> FuseSettings:
+        """The settings found for the pair; as they were asked for where there are no encoders. One search serves a job's batches and its
+        hires pass. Raises LoraError, UnknownLora, FusionError, SettingsError or ReferenceFailed.
+        """
+        if asked not in job.tuned:
+            try:
+                request = self._read(asked)
+                with own_random_state():
+                    job.encoders = encoders = self._storage.encoders()
+                frame = small_frame(int(p.width), int(p.height), int(p.steps), smallest_side(request.files[0].family))
+                maker = self._reference_maker(p, data, with_both_sides(asked), request, encoders)
+                job.tuned[asked] = tuned(replace(maker, frame=frame), asked)
+            except EncoderError as reason:
+                job.tuned[asked] = None
+                new.note(f"The pair was not tuned: {reason}")
+            except Interrupted:
+                return untuned(asked)  # the job itself stops at its first step
+        new.tuned = job.tuned[asked]
+        used = untuned(asked) if new.tuned is None else new.tuned.settings(asked)
+        self.tell_tuned(p, asked, used, new.tuned)
+        return used
 
     def _similarity(self, p: Any, data: Mapping[str, Sequence[Any]], new: FusionPass, job: FusionJob) -> float:
         """Of the two pictures that the pass's method compares, made with one side alone. Raises EncoderError or ReferenceFailed."""

@@ -42,6 +42,11 @@ def family(name: str) -> Family:
     return next(known for known in FAMILIES if known.name == name)
 
 
+def smallest_side(name: str | None) -> int:
+    """Family.smallest of the family of this name; the usual one where it is not known (None)."""
+    return Family.smallest if name is None else family(name).smallest
+
+
 @cache
 def reference_layers(name: str) -> Mapping[str, Shape]:
     """Dotted layer names of a family's published denoiser, in the scheme of its authors, with the shapes of their weights."""
@@ -191,5 +196,6 @@ __all__ = [
     "recognise",
     "reference_aliases",
     "reference_layers",
+    "smallest_side",
     "text_encoder",
 ]

@@ -65,6 +65,7 @@ class Family(ABC):
     variable_inputs: dotted names of layers whose input widths differ between variants of one base model (inpainting, control).
     encoders: the text encoders, under "te1" (CLIP-L, or the only CLIP), "te2" (CLIP-G), "t5"; kohya_text: how sd-scripts' keys of each
     begin. metadata: what sd-scripts' metadata says of the base model.
+    smallest: side in pixels of the smallest square picture that the published model still draws well.
     forms, presets, block_synonyms, text_blocks: see Blocks; the names are those of the published model's blocks.
     """
 
@@ -87,6 +88,7 @@ class Family(ABC):
     presets: Mapping[str, tuple[str, ...]] = _NONE
     block_synonyms: Mapping[str, str] = _NONE
     text_blocks: tuple[str, ...] = ()
+    smallest: int = 512
 
     @abstractmethod
     def layers(self) -> Iterator[tuple[str, Shape]]:

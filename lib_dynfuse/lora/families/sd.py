@@ -30,6 +30,7 @@ _METADATA_2 = {"ss_base_model_version": "sd_v2", "ss_v2": "True", "modelspec.arc
 
 class _SD1(UNet):
     name = "SD 1.x"
+    smallest = 384
     multipliers = (1, 2, 4, 4)
     depth = (1, 1, 1, 0)
     middle_depth = 1
@@ -45,6 +46,7 @@ class _SD1(UNet):
 
 class _SD2(_SD1):
     name = "SD 2.x"
+    smallest = 512
     context = 1024
     linear = True
     encoders = _ENCODERS_2

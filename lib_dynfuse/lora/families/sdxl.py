@@ -31,6 +31,7 @@ _METADATA = {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False", "model
 
 class _SDXL(UNet):
     name = "SDXL"
+    smallest = 640
     multipliers = (1, 2, 4)
     depth = (0, 2, 10)
     middle_depth = 10

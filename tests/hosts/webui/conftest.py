@@ -9,6 +9,7 @@ from lib_dynfuse.hosts.webui.ldm_forge import CLASSIC, REFORGE
 from lib_dynfuse.hosts.webui.neo import NEO
 from lib_dynfuse.text.tag import parse_tags
 from tests.fakes.a1111 import FakeA1111
+from tests.fakes.encoders import write_clip, write_dino
 from tests.fakes.forge import FakeForge
 from tests.fakes.forks import FakeClassic, FakeNeo, FakeReForge
 from tests.fakes.models import TextEncoder, UNet, write_lora
@@ -53,3 +54,20 @@ def webui(host_name, loras):
         running.host.install(parse_tags)
         yield running
         running.host.uninstall()
+
+
+@pytest.fixture(scope="session")
+def encoders_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    write_clip(folder / "clip")
+    write_dino(folder / "dino")
+    return folder
+
+
+@pytest.fixture
+def guided(webui, encoders_folder, tmp_path):
+    """A WebUI whose user has local encoders."""
+    webui.modules["modules.paths_internal"].models_path = str(tmp_path / "models")
+    webui.shared.opts.dynfuse_clip_model = str(encoders_folder / "clip")
+    webui.shared.opts.dynfuse_dino_model = str(encoders_folder / "dino")
+    return webui

@@ -16,30 +16,13 @@ from PIL import Image
 from lib_dynfuse.guidance.encoders import load_encoders
 from lib_dynfuse.text.tag import escape
 from tests.fakes import webui as fakes
-from tests.fakes.encoders import write_clip, write_dino
+from tests.fakes.encoders import write_dino
 from tests.fakes.webui import Processing
 
 TAG = "<dynfuse:dog:watercolor:guidance=true>"
 PLAIN = "<dynfuse:dog:watercolor>"
 WEIGHTS = (0.5, 0.3, 0.2)
 TERMS = "content_weight=0.5:style_clip_weight=0.3:style_dino_weight=0.2"
-
-
-@pytest.fixture(scope="session")
-def encoders_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoders")
-    write_clip(folder / "clip")
-    write_dino(folder / "dino")
-    return folder
-
-
-@pytest.fixture
-def guided(webui, encoders_folder, tmp_path):
-    """A WebUI whose user has local encoders."""
-    webui.modules["modules.paths_internal"].models_path = str(tmp_path / "models")
-    webui.shared.opts.dynfuse_clip_model = str(encoders_folder / "clip")
-    webui.shared.opts.dynfuse_dino_model = str(encoders_folder / "dino")
-    return webui
 
 
 def tag(**settings):
