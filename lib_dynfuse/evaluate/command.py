@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ def evaluate(plan: Plan, *, make: bool = True) -> int:
     from .record import recorded
     from .scores import score_pictures
 
-    show = os.environ.get("LOCAL_RANK", "0") == "0"
+    show = _is_first()
     with Claims() as claims:
         makers, notes = _makers(plan) if make else ([], [])
         evaluation = recorded(plan, claims)
@@ -73,13 +74,23 @@ def evaluate(plan: Plan, *, make: bool = True) -> int:
     return 0
 
 
+def _is_first() -> bool:
+    """Of the processes that a launcher started on this machine: the one that talks."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _makers(plan: Plan) -> tuple[list[Callable[[], Maker]], list[str]]:
     """What makes the pictures, and notes about those that do not. Raises EvaluationError where there is nothing that can."""
     if not plan.make.webuis:
         from .makers.with_diffusers import DiffusersMaker
 
-        sources = _guidance_sources(plan)
-        return [lambda: DiffusersMaker(plan.make, sources, plan.out / REFERENCES / "guidance")], []
+        def loaded() -> Maker:
+            maker = DiffusersMaker(plan.make, _guidance_sources(plan), plan.out / REFERENCES / "guidance")
+            if problems := maker.problems(plan) if _is_first() else []:
+                raise EvaluationError("\n".join(problems))
+            return maker
+
+        return [loaded], []
     from .makers.with_webui import WebUIMaker
 
     makers, gone, problems = [], [], []
@@ -131,8 +142,9 @@ def _device(plan: Plan) -> str:
 
     if plan.encoders.device or plan.make.webuis:
         return plan.encoders.device or "cpu"
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # of the pipeline, which is no longer there
+    if torch.cuda.is_available():  # the pipeline is no longer used
+        gc.collect()
+        torch.cuda.empty_cache()
     return plan.make.device or own_device() or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from ..settings import format_value
 from ..version import VERSION
 from .atomic import write_whole
-from .folder import Evaluation, Picture
+from .folder import Evaluation, Pair, Picture
 from .making import ABOUT
 from .metrics import Metric
 from .plan import Plan
@@ -33,6 +33,8 @@ from .summary import Column, Row, Scores, Summary
 
 _STYLE_SHEET = Path(__file__).with_name("report.css")
 _SHOWN_SEEDS = 4
+_OPEN_PAIRS = 8
+"""More would be megabytes at once; the others open by a click."""
 _PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "Pillow")
 
 
@@ -199,7 +201,7 @@ def _mean_cell(row: Row, column: Column) -> str:
 def _difference_cell(row: Row, column: Column) -> str:
     value = row.differences.get(column.name)
     if value is None:
-        return '<td class="faint">is it</td>'
+        return '<td class="faint">the plain sum</td>'
     warned = ' class="warned"' if column.name in row.warnings else ""
     text = f"{value.mean:+.3f}"
     return f"<td{warned}>{f'<strong>{text}</strong>' if value.excludes_zero else text}{_range(value)}</td>"
@@ -269,12 +271,11 @@ def _share(estimate: Mapping[str, float | None] | None) -> str:
 
 
 def _pictures(report: Report) -> str:
-    return (
-        '<section id="pictures">\n<h2>Pictures</h2>\n' + "\n".join(_pair(report, pair) for pair in report.evaluation.pairs) + "\n</section>"
-    )
+    pairs = "\n".join(_pair(report, pair, number < _OPEN_PAIRS) for number, pair in enumerate(report.evaluation.pairs))
+    return f'<section id="pictures">\n<h2>Pictures</h2>\n{pairs}\n</section>'
 
 
-def _pair(report: Report, pair: Any) -> str:
+def _pair(report: Report, pair: Pair, is_open: bool) -> str:
     evaluation, finished = report.evaluation, set(report.finished)
     questions = [(prompt, seed) for prompt in range(len(pair.prompts)) for seed in evaluation.seeds][:_SHOWN_SEEDS]
     head = "".join(f'<th scope="col">{escape(pair.prompts[prompt])}, seed {seed}</th>' for prompt, seed in questions)
@@ -298,8 +299,9 @@ def _pair(report: Report, pair: Any) -> str:
         if getattr(pair, f"{side}_references")
     )
     return (
-        f'<details open><summary>{escape(pair.name)}</summary><div class="references">{references}</div><div class="wide" tabindex="0" '
-        f'role="region" aria-label="{escape(pair.name)}"><table class="pictures"><thead><tr><td></td>{head}</tr></thead>'
+        f'<details{" open" if is_open else ""}><summary>{escape(pair.name)}</summary><div class="references">{references}</div>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(pair.name)}">'
+        f'<table class="pictures"><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 

@@ -75,10 +75,14 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
 
+def serving(server):
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+
 @pytest.fixture
 def webui():
     with WebUI() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        serving(server)
         yield server
         server.shutdown()
 
@@ -159,7 +163,7 @@ def test_a_picture_made_without_the_guidance_that_was_asked_for_does_not_count(t
 def test_when_one_webui_goes_the_other_makes_the_rest(tmp_path, webui):
     plan = plan_of(tmp_path, webui)
     with WebUI() as other:
-        threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
+        serving(other)
         other.faults = ["500"]
         notes = run(plan, WebUIMaker(other.address, plan.make, pause=0.01), maker_of(plan))
         other.shutdown()

@@ -105,6 +105,15 @@ def test_a_method_that_is_added_later_is_made_and_scored_alone_as_a_launchers_se
     assert study_result(world.parent / "out") is None
 
 
+def test_a_method_that_is_not_for_the_model_is_told_before_anything_is_made(world, capsys):
+    wrong = world.with_name("wrong.toml")
+    text = world.read_text("utf-8").replace('out = "out"', 'out = "wrong"')
+    wrong.write_text(text + '\n[methods.b-lora]\nmethod = "blora"\n', "utf-8")
+    assert cli.main(["evaluate", str(wrong)]) == 2
+    assert "methods.b-lora: " in capsys.readouterr().err
+    assert not (world.parent / "wrong" / "pictures").exists()
+
+
 def test_a_lora_that_is_gone_is_told_before_anything_else(world, capsys):
     lora = world.parent / "loras" / "zib.safetensors"
     lora.rename(lora.with_suffix(".away"))

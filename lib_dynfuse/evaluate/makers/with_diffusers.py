@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...fusion import FusionError
 from ...fusion.rules import RULES
 from ...generate import Request, format_infotext, infotext_fields
 from ...given_files import read_sides
 from ...guidance.guide import wants_guidance
 from ...guidance.references import ReferenceCache
 from ...guidance.weights import EncoderSources
+from ...lora import LoraError
+from ...settings import SettingsError
 from ..folder import EvaluationError
-from ..plan import Making
+from ..plan import Making, Plan
 from .maker import Job, Made, OnStep
 
 if TYPE_CHECKING:  # imports diffusers, which is not everywhere
@@ -52,6 +55,18 @@ class DiffusersMaker:
         self._guidance = GuidanceSources(encoders, ReferenceCache(references, limit_bytes=4 << 30), taesd)
         # A fusion prepares the LoRAs' matrices; the next seed's needs the same.
         self._fused = functools.lru_cache(maxsize=1)(self._new_fused)
+
+    def problems(self, plan: Plan) -> list[str]:
+        """What of the plan does not go with the model, a sentence each: its methods on the first pair, its pairs by the first method."""
+        tried = [(f"methods.{method.name}", plan.pairs[0], method) for method in plan.methods]
+        tried += [(pair.name, pair, plan.methods[0]) for pair in plan.pairs[1:]]
+        found = []
+        for what, pair, method in tried:
+            try:
+                self._new_fused(pair, method.settings_for(pair))
+            except (LoraError, FusionError, SettingsError) as error:
+                found.append(f"{what}: {error}")
+        return found
 
     def make(self, jobs: Sequence[Job], on_step: OnStep) -> list[Made]:
         """Raises as FusedPipeline does."""
