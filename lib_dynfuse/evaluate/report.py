@@ -249,15 +249,10 @@ def _asked(title: str, result: Mapping[str, Any]) -> str:
         (found["method"], f"{found['chosen']} of {found['shown']}", *(_share(found[key]) for key in ("share", "over_plain_sum")))
         for found in result["methods"]
     ]
-    followed = [one["voter"] for one in result.get("followers", ())]
-    chance = result["positions"]["chance"]
-    notes = [f"Votes by position: chance would give such counts with a probability of {chance:.2g}."]
-    if followed:
-        notes.append(f"⚠ The votes of {', '.join(followed)} follow the position.")
     head = ("method", "chosen of shown", "share where shown", f"less the share of {result['plain_sum']}")
     return (
         f"<h3>{escape(title)}</h3><p>“{escape(' / '.join(result['questions']))}” {voters}{result['answers']} answers.</p>"
-        f"{_plain(head, lines)}<p>{escape(' '.join(notes))}</p>"
+        f"{_plain(head, lines)}<p>{escape(' '.join(result['notes']))}</p>"
     )
 
 

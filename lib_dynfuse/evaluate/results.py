@@ -15,6 +15,7 @@ from .judge.verdicts import KIND as JUDGE
 from .judge.verdicts import runs_of
 from .preferences import ALARM, PLAIN_SUM, Positions, Preference, followers, majority, positions, preferences
 from .study.sheets import KIND as STUDY
+from .summary import is_plain_sum
 from .votes import Ballot, read_ballots
 
 Result = dict[str, Any]
@@ -24,7 +25,7 @@ def plain_sum(folder: Path) -> str:
     """What the folder's plans call the plain sum of both LoRAs; "direct" where they have none."""
     if (folder / RECORD).exists():
         for method in Evaluation.open(folder).methods:
-            if method.loras == "both" and method.settings.get("method") == PLAIN_SUM:
+            if is_plain_sum(method):
                 return method.name
     return PLAIN_SUM
 
@@ -51,7 +52,7 @@ def study_result(folder: Path) -> Result | None:
         drawn = "95 % bootstrap intervals over participants and questions."
     else:
         drawn = "95 % bootstrap intervals over questions: one participant says nothing about other people."
-    named = [f"Votes that follow the position: {one['voter']} ({one['file']}.json). {_places(one)}" for one in found]
+    named = [f"Votes that follow the position: {one['voter']} ({one['file'][:14]}...). {_places(one)}" for one in found]
     return {
         "participants": len(ballots),
         "answers": len(chosen),

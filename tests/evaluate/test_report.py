@@ -96,6 +96,7 @@ def test_votes_are_told_with_their_intervals_and_who_follows_the_position(tmp_pa
     assert "Which is better?" in text
     assert "6 of 8" in text
     assert "75.0 %" in text
+    assert all(note in text for note in study_result(tmp_path)["notes"])
 
 
 def test_the_tables_have_every_picture_and_every_mean(tmp_path):
