@@ -54,9 +54,16 @@ class PatchedLayer(ABC):
         return self._own_forward(*args, **kwargs)
 
 
+def is_watched(model: nn.Module) -> bool:
+    """Whether somebody has hooks or a forward of their own on the model, or on a part of it: they may count on calls that have the rows
+    that the host gives them. To be asked while nothing of ours is attached.
+    """
+    return any("forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A forward's first argument, however it was passed."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-__all__ = ["PatchedLayer", "argument"]
+__all__ = ["PatchedLayer", "argument", "is_watched"]

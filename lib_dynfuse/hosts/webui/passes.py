@@ -16,6 +16,7 @@ from torch import nn
 
 from ...fusion import FusionError, FusionSession, Report, Step, Trace
 from ...fusion.batches import Adjust, ModelCall
+from ...fusion.patching import is_watched
 from ...lora import LoraFile
 from ...settings import FuseSettings
 from ...tuning.search import Tuned
@@ -288,20 +289,26 @@ def _decided(session: FusionSession, calls: Callable[..., Any], *args: Any, **kw
     return calls(*args, **kwargs)
 
 
+def _never(arguments: dict[str, Any], positions: tuple[int, ...], batch: int) -> None:
+    """See fusion.batches.Adjust."""
+
+
 @contextmanager
 def fused_calls(
     model: nn.Module, session: FusionSession, rows_of: RowLayout, scale: Callable[[], float], adjust: Adjust | None = None
 ) -> Iterator[None]:
     """Every call of the model inside is the session's. The model's own forward is back afterwards.
 
+    A call is made again for some of its rows, unless another extension has hooks on the model: these see the rows of the host's calls only.
     scale: the CFG scale of the call that is being made. adjust: see fusion.batches.
     """
     own = model.__dict__.get("forward")  # another extension's
     original = model.forward
+    watched = session.contrasts and is_watched(model)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["x"]
-        call = ModelCall(original, args, kwargs, x.shape[0], adjust)
+        call = ModelCall(original, args, kwargs, x.shape[0], _never if watched else adjust)
         return call.of(session.predict(call, rows_of(x, kwargs), scale()))
 
     model.__dict__["forward"] = forward

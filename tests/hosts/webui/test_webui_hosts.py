@@ -144,6 +144,23 @@ class TestFusion:
         assert close(moved, fused + 1.5 * (fused - plain))
         assert not close(moved, fused)
 
+    @pytest.mark.parametrize("way", ["hook", "forward"])
+    def test_contrast_leaves_the_rows_of_a_call_to_whoever_watches_them(self, webui, way):
+        """Incantations' hooks halve what a layer gives; Regional Prompter's forwards count calls of the prompts' rows alone."""
+        tag = "<dynfuse:dog:watercolor:contrast=1:contrast_every=1>"
+        alone = webui.run(f"a cat {tag}", batch_size=2)
+        model = unets(webui.shared.sd_model)
+        layer = next(module for name, module in model.named_modules() if name.endswith("to_q"))
+        rows = []
+        if way == "hook":
+            layer.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
+        else:
+            own = layer.forward
+            layer.forward = lambda x, *args: (rows.append(x.shape[0]), own(x, *args))[1]
+        watched = webui.run(f"a cat {tag}", batch_size=2)
+        assert set(rows) == {4}
+        assert close(watched, alone)
+
     def test_contrast_counts_the_same_under_the_hires_passs_own_cfg_scale(self, webui, host_name):
         if host_name in ("a1111", "classic"):
             pytest.skip("the hires pass has the first pass's")
