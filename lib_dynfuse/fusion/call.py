@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from .step import Step
 
 if TYPE_CHECKING:
     from .layer import FusedSite
+    from .views import View
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class FusionState:
     weights: (S, I or 1, B), the rule's, where this step has them before it begins; left_out: sites that they do not hold for.
     paired: whether the sites' pairs hold. undecided: rows ran in this step before their image's choice was known. fallbacks: choices so
     made. rebound: a layer's type or device changed. only: LoRAs that are added alone, each at its strength, whatever the rule says; None:
-    all, as the rule says. collected: (site, images, (rows, B)) of samples that were measured at once.
+    all, as the rule says. watch: is shown every site's input while LoRAs are alone. collected: (site, images, (rows, B)) of samples that
+    were measured at once.
     """
 
     settings: FuseSettings
@@ -68,6 +70,7 @@ class FusionState:
     fallbacks: int = 0
     rebound: bool = False
     only: tuple[int, ...] | None = None
+    watch: Callable[[FusedSite, View], None] | None = None
     collected: list[tuple[int, tuple[int, ...], Tensor]] = field(default_factory=list)
     workspace: Workspace = field(default_factory=Workspace)
     levels: tuple[float, ...] = ()

@@ -150,6 +150,8 @@ class FusedLayer(PatchedLayer):
         state = self.state
         operators = self.operators_of(site, view.device, view.dtype)
         if state.only is not None:
+            if state.watch is not None:
+                state.watch(site, view)
             self._add_alone(site, operators, view, state.only)
             return
         if state.sampling and len(site.members) > 1 and site.number not in state.left_out:

@@ -135,9 +135,10 @@ def merge_files(
 
     Raises LoraError or FusionError: one sentence, also where the rule goes by what is seen of pictures.
     """
-    if RULES[settings.method].measures or RULES[settings.method].compares:
+    rule = RULES[settings.method]
+    if rule.measures or rule.compares or rule.calibrates:
         raise LoraError(
-            f"The method {settings.method} chooses by what it sees of pictures: make one with generate --save-lora FILE, "
+            f"The method {settings.method} goes by what it sees of pictures: make one with generate --save-lora FILE, "
             "or press the button under a picture in the panel; --method direct needs none."
         )
     model = _published_model([*subjects, *styles])
@@ -175,13 +176,13 @@ def merge_pictures(
         dtype=dtype,
         metadata=_metadata(settings, means),
         weight_of=weight_of,
-        rewrite=_rewrite(files, len(subjects), settings, means),
+        rewrite=_rewrite(files, len(subjects), settings, means, traces),
         progress=progress,
     )
     return Merged(Path(path), files, means, report, dtype, rank, _beyond(settings))
 
 
-def _rewrite(files: Sequence[LoraFile], subjects: int, settings: FuseSettings, means: Means) -> Rewrite | None:
+def _rewrite(files: Sequence[LoraFile], subjects: int, settings: FuseSettings, means: Means, traces: Sequence[Trace]) -> Rewrite | None:
     rule = RULES[settings.method]()
     if not rule.rewrites:
         return None
@@ -191,7 +192,14 @@ def _rewrite(files: Sequence[LoraFile], subjects: int, settings: FuseSettings, m
         raise AssertionError("a rule that rewrites is handed the changes")
 
     rule.prepare(Places(means.sites, members, means.present, settings, unknown))
+    rule.learned = _mean_learned(traces)
     return lambda site, changes, numbers, factors: rule.rewritten(site, changes, [members[number] for number in numbers], factors)
+
+
+def _mean_learned(traces: Sequence[Trace]) -> Mapping[Site, Tensor]:
+    """Over the records, of what a rule learned of the sites in each."""
+    first = traces[0].learned
+    return {site: torch.stack([trace.learned[site] for trace in traces]).mean(0) for site in first}
 
 
 def describe_merged(merged: Merged) -> list[str]:

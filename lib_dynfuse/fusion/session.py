@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -41,6 +41,7 @@ from ..lora.naming import Site
 from ..settings import FuseSettings, SettingsError
 from ..strength import BlockText, one_each
 from .batches import ModelCall
+from .calibration import Calibration, Correlations
 from .call import FusionState
 from .decisions import Decisions
 from .folding import OwnWeight
@@ -161,6 +162,10 @@ class FusionSession:
             raise FusionError(str(reason)) from None
         self._decisions = Decisions(self._state, fused_layers, TraceRecorder(places, members, present, strengths))
         self._predictions = Predictions(self._state, [member.subject for member in members], self._alone)
+        owners = {site.number: layer for layer, site in sites}
+        self._calibration = Calibration(
+            self._state, members, lambda site: site.bind(lambda: owners[site.number].weight_of(owners[site.number].module)), self._alone
+        )
 
     @property
     def rows(self) -> Rows | None:
@@ -196,6 +201,8 @@ class FusionSession:
 
     def restart(self) -> None:
         """Begin another image on the same model with an empty record; the LoRAs on the device are kept."""
+        if self._state.rule.calibrates:
+            self._decisions.release()  # other matrices are to come
         self._decisions.restart()
         self._predictions.restart()
 
@@ -231,6 +238,11 @@ class FusionSession:
         """
         if not self._decisions.under_way:
             self.begin()
+        if self._calibration.side is not None:
+            return self._calibration.predicted(call, rows)
+        if self.calibrates:
+            name = self._state.rule.name
+            raise FusionError(f"The method {name} must see each side alone before it fuses (FusionSession.show and learn).")
         if self._state.rule.composes:
             prediction = self._composed(call, rows)
         else:
@@ -246,6 +258,29 @@ class FusionSession:
     def tell_similarity(self, cosine: float) -> None:
         """What such a method goes by: of the pictures' DINO embeddings, -1 to 1."""
         self._state.rule.similarity = cosine
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method has yet to be told what the layers are given with each side alone."""
+        return self._state.rule.calibrates and not self._state.rule.calibrated and self._calibration.side is None
+
+    def show(self, side: str) -> None:
+        """From here on this session does not fuse: predict runs one side's LoRAs alone, "subject" or "style", to see what layers are given.
+
+        One step under the side's own prompt is enough. A session of its own for each side, or the same one for both, one after the other.
+        """
+        self._calibration.begin(side)
+
+    @property
+    def shown(self) -> Correlations:
+        """What was seen since show."""
+        return self._calibration.correlations
+
+    def learn(self, subject: Correlations, style: Correlations) -> None:
+        """Tell the method what was seen of each side; the session fuses from here on."""
+        self._calibration.side = None
+        self._state.rule.learn(subject, style)
+        self._decisions.release()
 
     @property
     def contrasts(self) -> bool:
@@ -310,7 +345,8 @@ class FusionSession:
     @property
     def trace(self) -> Trace:
         """What was decided so far, the step under way included."""
-        return self._decisions.trace()
+        trace, learned = self._decisions.trace(), self._state.rule.learned
+        return replace(trace, learned=dict(learned)) if learned else trace
 
     def foreseen(self, steps: int) -> Trace:
         """What a picture of so many steps will bring. Only under a rule that does not measure."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +27,7 @@ class Trace:
     ties, non_finite: measurements in which the largest divergence was two LoRAs', or one was not a finite number.
     fallbacks: decisions made on the negative prompt because the host ran it alone and first.
     strengths: (steps, B), the LoRAs' own strengths at each step, without factors on blocks; empty where nobody recorded them.
+    learned: Rule.learned.
     """
 
     sites: tuple[Site, ...]
@@ -40,6 +41,7 @@ class Trace:
     non_finite: int = 0
     fallbacks: int = 0
     strengths: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    learned: Mapping[Site, Tensor] = field(default_factory=dict)
 
     @property
     def decided(self) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from ..guidance.references import Reference
 from ..settings import FuseSettings
 from ..strength import number_text
+from .sides import SIDES
 
 
 def alone(settings: FuseSettings, side: str) -> FuseSettings:
@@ -29,6 +30,19 @@ def compared(settings: FuseSettings) -> FuseSettings:
     """For the two pictures that a method compares: of the job's own prompt, whatever references a guidance has."""
     weights: dict[str, Any] = dict.fromkeys(("content_weight", "style_clip_weight", "style_dino_weight"), 1.0)
     return replace(settings, subject_prompt="", style_prompt="", subject_image="", style_image="", tilt=0.0, **weights)
+
+
+def shown(settings: FuseSettings) -> FuseSettings:
+    """For sessions that only see what layers are given with one side alone: each LoRA in full, whatever its course over the steps."""
+    weights: dict[str, Any] = {f"{side}_weight": full_weight(settings, side) for side in SIDES}
+    return replace(settings, **weights, guidance=False, contrast=0.0, style_contrast=0.0, subject_contrast=0.0)
+
+
+SAME_PROMPT = (
+    "The method {method} saw both sides under the picture's own prompt, where it can hardly tell them apart: give subject_prompt and "
+    "style_prompt, or the LoRAs an activation text."
+)
+"""What the user should know where neither side has a prompt of its own."""
 
 
 def similarity(references: Sequence[Reference]) -> float:
@@ -61,4 +75,4 @@ def activation_texts(lora_paths: Sequence[str]) -> str | None:
     return ", ".join(text.strip(" ,") for text in texts)
 
 
-__all__ = ["activation_text", "activation_texts", "alone", "compared", "full_weight", "similarity"]
+__all__ = ["SAME_PROMPT", "activation_text", "activation_texts", "alone", "compared", "full_weight", "shown", "similarity"]

@@ -310,7 +310,8 @@ def _wanted(p: Any, arguments: Sequence[Any]) -> FuseSettings | None:
 
 def _repeatable(settings: FuseSettings, seeds: Sequence[int]) -> FuseSettings:
     """The settings under which each image of a job can be made again alone: the references are those of the job's first seed."""
-    if not (wants_guidance(settings) or RULES[settings.method].compares) or settings.reference_seed >= 0 or len(seeds) < 2:
+    rule = RULES[settings.method]
+    if not (wants_guidance(settings) or rule.compares or rule.calibrates) or settings.reference_seed >= 0 or len(seeds) < 2:
         return settings
     return dataclasses.replace(settings, reference_seed=int(seeds[0]))
 

@@ -370,7 +370,7 @@ def test_what_is_left_out_is_named(tmp_path, sd_pair):
 
 
 def test_a_rule_that_measures_needs_a_picture(tmp_path, sd_pair):
-    with pytest.raises(LoraError, match=r"dynfuse chooses by what it sees of pictures.*generate --save-lora FILE.*--method direct"):
+    with pytest.raises(LoraError, match=r"dynfuse goes by what it sees of pictures.*generate --save-lora FILE.*--method direct"):
         merge_files(tmp_path / "both.safetensors", sd_pair[:1], sd_pair[1:], FuseSettings(method="dynfuse"))
     assert not (tmp_path / "both.safetensors").exists()
 

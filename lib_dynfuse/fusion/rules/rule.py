@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ...lora.branch import Dense, LowRank
 from ...lora.naming import Site
 from ...settings import FuseSettings
+from ..calibration import Correlations
 from ..step import Step
 
 
@@ -64,9 +66,10 @@ class Rule(ABC):
     the setting `criterion`. selects: exactly one LoRA has a weight at each site of each image. constant: its weights are the same at
     every step. uniform: all its weights are 1. composes: the prediction is the mean of one for each LoRA alone, and the weights only say
     so to the record. compares: it goes by the similarity of two pictures, one made with each side's LoRAs alone. rewrites: it changes the
-    LoRAs' matrices before the first step (see rewritten). contrast: how much of it goes with the method where the setting leaves it to
-    that. similarity: cosine of the DINO embeddings of the pictures that it compares, told before the first step. device: where weights
-    without votes are wanted.
+    LoRAs' matrices before the first step (see rewritten). calibrates: it goes by what the layers are given with each side alone (see
+    learn); calibrated: it has been told; learned: what it then knows of sites, which the record keeps. contrast: how much of it goes with
+    the method where the setting leaves it to that. similarity: cosine of the DINO embeddings of the pictures that it compares, told before
+    the first step. device: where weights without votes are wanted.
     """
 
     name: ClassVar[str]
@@ -78,10 +81,13 @@ class Rule(ABC):
     composes: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     rewrites: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     contrast: ClassVar[float] = 0.0
 
     places: Places
     similarity: float = 0.0
+    calibrated: bool = False
+    learned: Mapping[Site, Tensor] = MappingProxyType({})
     device: torch.device = torch.device("cpu")
 
     def prepare(self, places: Places) -> None:
@@ -106,13 +112,17 @@ class Rule(ABC):
         """
         return changes
 
+    def learn(self, subject: Correlations, style: Correlations) -> None:
+        """What the layers were given with each side alone, before the first step; only where `calibrates` says so."""
+        return
+
     def observe(self, step: Step, votes: Votes) -> None:
         """A step is over: its votes, of all sites measured in it. For rules that look at a whole step at once."""
         return
 
     def restart(self) -> None:
-        """Another picture begins: forget what was observed."""
-        return
+        """Another picture begins: forget what was observed, or learned."""
+        self.calibrated = False
 
 
 __all__ = ["Member", "Places", "Rule", "Votes"]

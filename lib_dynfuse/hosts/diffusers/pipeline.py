@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...fusion import FusionSession, Report, Rows, Trace
 from ...fusion.batches import ModelCall
+from ...fusion.calibration import Correlations, SeenEnough
 from ...guidance.encoders import Encoders, load_encoders
 from ...guidance.guide import GuidanceRecord, wants_guidance
 from ...guidance.references import Reference, reference_of_given, sides_needed
@@ -35,7 +36,7 @@ from ...settings import FuseSettings
 from ...tuning.kept import digest_of, keep, known
 from ...tuning.plan import small_frame, untuned, wants_tuning
 from ...tuning.search import Tuned, search
-from ..references import alone, similarity
+from ..references import SAME_PROMPT, alone, shown, similarity
 from ..sides import SIDES, Loras, as_tuple
 from ..wrapping import wrapped
 from .guidance import GuidanceSources, GuidedCall, NoDecoderError, guidance_decoders
@@ -139,6 +140,9 @@ class FusedPipeline:
             call, references = self._guided(prompt, job, notes, reference_progress)
             if session.compares:
                 session.tell_similarity(self._similarity(prompt, job, reference_progress))
+            if session.calibrates:
+                session.learn(*(self._shown(side, prompt, job) for side in SIDES))
+                notes += self._notes_on_prompts(prompt)
         arguments: dict[str, Any] = {
             "prompt": prompt,
             "num_images_per_prompt": len(seeds),
@@ -323,6 +327,30 @@ class FusedPipeline:
         job = replace(job, seed=own if own >= 0 else job.seed)
         return similarity([self._generated(side, prompt, job, encoders, progress) for side in SIDES])
 
+    def _shown(self, side: str, prompt: str, job: Job) -> Correlations:
+        """What the layers are given with one side alone, in the first step under its own prompt."""
+        own = self.settings.reference_seed
+        showing = _Showing(self, side)
+        try:
+            showing(
+                reference_prompt(side, self.settings, self._side(side), prompt),
+                negative_prompt=job.negative_prompt,
+                seeds=[own if own >= 0 else job.seed],
+                steps=job.steps,
+                cfg_scale=job.cfg_scale,
+                width=job.width,
+                height=job.height,
+                progress=showing.stop,
+                **influential(job.more),
+            )
+        except SeenEnough as enough:
+            return enough.correlations
+        return showing.session.shown
+
+    def _notes_on_prompts(self, prompt: str) -> list[str]:
+        prompts = {reference_prompt(side, self.settings, self._side(side), prompt) for side in SIDES}
+        return [SAME_PROMPT.format(method=self.settings.method)] if prompts == {prompt} else []
+
     def _reference(self, side: str, prompt: str, job: Job, encoders: Encoders, progress: ReferenceProgress | None) -> Reference:
         """The side's reference: the user's picture, the cached one, or a new one."""
         settings = self.settings
@@ -339,6 +367,21 @@ class FusedPipeline:
         alone_ = FusedPipeline(self.pipeline, self.subjects, self.styles, alone(settings, side))
         picture = alone_._picture(prompt, job, partial(progress, side) if progress else None)
         return cache.put(key, picture, encoders.embed_picture(picture), prompt)
+
+
+class _Showing(FusedPipeline):
+    """The pipeline with one side alone, in a session that sees what its layers are given."""
+
+    def __init__(self, fused: FusedPipeline, side: str):
+        self.session = FusionSession(denoiser(fused.pipeline), fused.subjects, fused.styles, shown(fused.settings))
+        self.session.show(side)
+        super().__init__(fused.pipeline, fused.subjects, fused.styles, alone(fused.settings, side))
+
+    def stop(self, done: int, steps: int) -> None:
+        raise SeenEnough(self.session.shown)
+
+    def _new_session(self) -> FusionSession:
+        return self.session
 
 
 def denoiser(pipeline: Any) -> nn.Module:

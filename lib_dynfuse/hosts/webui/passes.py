@@ -16,6 +16,7 @@ from torch import nn
 
 from ...fusion import FusionError, FusionSession, Report, Step, Trace
 from ...fusion.batches import Adjust, ModelCall
+from ...fusion.calibration import Correlations, SeenEnough
 from ...fusion.patching import is_watched
 from ...lora import LoraFile
 from ...settings import FuseSettings
@@ -69,8 +70,9 @@ class FusionPass:
 
     settings: what was asked for; None if it could not be understood. request: the same with the LoRAs, until the job is over.
     error: the sentence that stops the image, instead of a request. guidance: None where none is wanted, or could be had. similarity:
-    of the pictures that the method compares, if it does. tuned: where the settings are what was found for the pair. batch: number of
-    the batch in the job, from 0.
+    of the pictures that the method compares, if it does. shows: this pass only shows what layers are given with that side alone, and ends
+    with SeenEnough after its first step; seen: what two such passes showed, the subject's and the style's, if the method goes by it.
+    tuned: where the settings are what was found for the pair. batch: number of the batch in the job, from 0.
     """
 
     roles: Roles
@@ -80,6 +82,8 @@ class FusionPass:
     guidance: GuidedPass | None = None
     similarity: float | None = None
     tuned: Tuned | None = None
+    shows: str | None = None
+    seen: tuple[Correlations, Correlations] | None = None
     hires: bool = False
     batch: int = 0
     denoising: bool = field(default=False, init=False)
@@ -154,6 +158,8 @@ class FusionPass:
                     result = self.guidance.denoise(facts, cfg_denoiser, call, args, kwargs, attach_again)
             if self._session is not None:
                 self._session.end_step()
+                if self.shows is not None:
+                    raise SeenEnough(self._session.shown)
             return result
         finally:
             self.denoising = False
@@ -207,6 +213,8 @@ class FusionPass:
         assert self._step is not None
         if self.similarity is not None:
             session.tell_similarity(self.similarity)
+        if self.seen is not None and session.calibrates:
+            session.learn(*self.seen)
         session.begin(self._step)
 
     def _attach(self, cfg_denoiser: Any, cond: Any, tell: Callable[[FusionSession], None]) -> None:
@@ -259,7 +267,7 @@ class FusionPass:
             session.restart()
             return session
         self.release()
-        return FusionSession(
+        session = FusionSession(
             model,
             request.subjects,
             request.styles,
@@ -268,6 +276,9 @@ class FusionPass:
             own_weight=denoisers.own_weight,
             watched=request.watched,
         )
+        if self.shows is not None:
+            session.show(self.shows)
+        return session
 
 
 @contextmanager

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ...fusion.calibration import Correlations, SeenEnough
 from ...guidance.encoders import Encoders
 from ...guidance.references import Reference, ReferenceCache, ReferenceKey, reference_of_given, sides_needed
 from ...settings import FuseSettings
 from ...tuning.plan import Frame
-from ..references import alone, full_weight
+from ..references import alone, full_weight, shown
 from .lora_files import FileVersion
 
 log = logging.getLogger(__name__)
@@ -66,26 +67,104 @@ class BaseIdentity:
 
 
 @dataclass(frozen=True)
-class ReferenceMaker:
-    """Makes the references of one job.
+class Jobs:
+    """Jobs inside a job, fused otherwise than it is.
 
     p: the WebUI's processing object of the job. tags: every other extra network of its prompt, as it is written there.
-    more: arguments of the WebUI's processing objects that only it has. prepare: see roles.Checkpoints. hashes: of the pair, by side.
-    frame: of the pictures, None for the job's own.
+    more: arguments of the WebUI's processing objects that only it has. prepare: see roles.Checkpoints. frame: of the pictures, None for
+    the job's own.
     """
 
     p: Any
     settings: FuseSettings
+    activation_texts: Mapping[str, str | None]
+    tags: str
+    more: Mapping[str, Any]
+    prepare: Callable[[Any], None]
+    frame: Frame | None = None
+
+    def own_prompt(self, side: str) -> str | None:
+        """The side's own words; None where it has none, and gets the picture's."""
+        return getattr(self.settings, f"{side}_prompt").strip() or (self.activation_texts[side] or "").strip() or None
+
+    def prompt_of(self, side: str) -> str:
+        return self.own_prompt(side) or self.prompt
+
+    @property
+    def prompt(self) -> str:
+        """Of the batch's first picture, without its tags."""
+        from modules import extra_networks
+
+        return extra_networks.parse_prompt(self.p.all_prompts[self.first_image])[0].strip()
+
+    @property
+    def first_image(self) -> int:
+        """The batch's first image; prompts may differ between the batches of a job."""
+        return getattr(self.p, "iteration", 0) * self.p.batch_size
+
+    @property
+    def seed(self) -> int:
+        return self.settings.reference_seed if self.settings.reference_seed >= 0 else int(self.p.all_seeds[0])
+
+    @property
+    def own_frame(self) -> Frame:
+        return self.frame or Frame(int(self.p.width), int(self.p.height), int(self.p.steps))
+
+    def made(self, prompt: str, settings: FuseSettings, what: str, number: int, total: int) -> Image.Image:
+        """Raises ReferenceFailed or Interrupted."""
+        told = f"DynFuse: {what} ({number} of {total})"
+        print(told)
+        with _labelled(told):
+            return _generate(self._job(prompt, settings), what)
+
+    def seen(self, side: str) -> Correlations:
+        """What the layers are given with one side alone in the first step, which is all that is made. Raises as made does."""
+        job, what = self._job(self.prompt_of(side), shown(self.settings)), f"step with the {side} LoRA alone"
+        job.dynfuse_shows = side
+        with _labelled(f"DynFuse: {what}"):
+            try:
+                _generate(job, what)
+            except SeenEnough as enough:
+                return enough.correlations
+        raise Interrupted  # before its first step
+
+    def _job(self, prompt: str, settings: FuseSettings) -> Any:
+        """A job of its own for one picture. Nothing of the outer job's objects is in it but the checkpoint."""
+        from modules.processing import StableDiffusionProcessingTxt2Img
+
+        p = self.p
+        job = StableDiffusionProcessingTxt2Img(
+            sd_model=p.sd_model,
+            prompt=f"{prompt} {self.tags}".strip(),
+            negative_prompt=p.all_negative_prompts[self.first_image],
+            seed=self.seed,
+            # Forge Classic has none: there it is part of the sampler's name.
+            **({"scheduler": p.scheduler} if hasattr(p, "scheduler") else {}),
+            **{**{name: getattr(p, name) for name in _TAKEN_OVER}, **asdict(self.own_frame)},
+            **copy.deepcopy(dict(_OF_ITS_OWN)),
+            **self.more,
+        )
+        # Conditionings of its own: those of the class are shared by all jobs.
+        job.cached_c, job.cached_uc = [None, None], [None, None]
+        self.prepare(job)
+        job.dynfuse_settings = settings
+        return job
+
+
+@dataclass(frozen=True)
+class ReferenceMaker:
+    """Makes the references of one job. hashes: of the pair, by side."""
+
+    jobs: Jobs
     encoders: Encoders
     cache: ReferenceCache
     base: BaseIdentity
     hashes: Mapping[str, str]
-    activation_texts: Mapping[str, str | None]
-    tags: str
     tags_identity: str
-    more: Mapping[str, Any]
-    prepare: Callable[[Any], None]
-    frame: Frame | None = None
+
+    @property
+    def settings(self) -> FuseSettings:
+        return self.jobs.settings
 
     def references(self) -> list[Reference]:
         """The references that count, the subject's first. Raises SettingsError (a given picture), ReferenceFailed or Interrupted."""
@@ -105,52 +184,22 @@ class ReferenceMaker:
         return [found[side] for side in sides]
 
     def _generated(self, side: str, number: int, total: int) -> Reference:
-        what = f"reference picture of the {side} LoRA"
-        picture = self._made(self._job(self._prompt(side), alone(self.settings, side)), what, number, total)
-        embeddings = self.encoders.embed_picture(picture)
-        return self.cache.put(self.key(side), picture, embeddings, self._prompt(side))
+        prompt = self.jobs.prompt_of(side)
+        picture = self.jobs.made(prompt, alone(self.settings, side), f"reference picture of the {side} LoRA", number, total)
+        return self.cache.put(self.key(side), picture, self.encoders.embed_picture(picture), prompt)
 
     def picture(self, settings: FuseSettings, number: int, total: int) -> Image.Image:
         """A picture of the job's own prompt, fused so. number, total: of such pictures. Raises ReferenceFailed or Interrupted."""
-        return self._made(self._job(self.prompt, settings), "small picture for tuning", number, total)
-
-    def _made(self, job: Any, what: str, number: int, total: int) -> Image.Image:
-        told = f"DynFuse: {what} ({number} of {total})"
-        print(told)
-        with _labelled(told):
-            return _generate(job, what)
-
-    def _prompt(self, side: str) -> str:
-        own = getattr(self.settings, f"{side}_prompt").strip() or (self.activation_texts[side] or "").strip()
-        return own or self.prompt
-
-    @property
-    def prompt(self) -> str:
-        """Of the batch's first picture, without its tags."""
-        from modules import extra_networks
-
-        return extra_networks.parse_prompt(self.p.all_prompts[self._first_image])[0].strip()
-
-    @property
-    def _first_image(self) -> int:
-        """The batch's first image; prompts may differ between the batches of a job."""
-        return getattr(self.p, "iteration", 0) * self.p.batch_size
-
-    @property
-    def _seed(self) -> int:
-        return self.settings.reference_seed if self.settings.reference_seed >= 0 else int(self.p.all_seeds[0])
-
-    @property
-    def _frame(self) -> Frame:
-        return self.frame or Frame(int(self.p.width), int(self.p.height), int(self.p.steps))
+        return self.jobs.made(self.jobs.prompt, settings, "small picture for tuning", number, total)
 
     def key(self, side: str) -> ReferenceKey:
         """Everything that the side's reference depends on."""
         from modules.shared import opts
 
+        p = self.jobs.p
         blocks = getattr(self.settings, f"{side}_blocks")
         options = [(name, str(getattr(opts, name, None))) for name in _OPTIONS]
-        own = [(name, str(getattr(self.p, name, None))) for name in _FIELDS]
+        own = [(name, str(getattr(p, name, None))) for name in _FIELDS]
         return ReferenceKey(
             side=side,
             checkpoint=self.base.checkpoint,
@@ -159,39 +208,22 @@ class ReferenceMaker:
             strength=full_weight(self.settings, side),
             te_strength=self.settings.te_weight,
             others=self.tags_identity,
-            prompt=self._prompt(side),
-            negative_prompt=self.p.all_negative_prompts[self._first_image],
-            seed=self._seed,
-            sampler=str(self.p.sampler_name),
-            scheduler=str(getattr(self.p, "scheduler", None)),
-            cfg_scale=float(self.p.cfg_scale),
-            **asdict(self._frame),
+            prompt=self.jobs.prompt_of(side),
+            negative_prompt=p.all_negative_prompts[self.jobs.first_image],
+            seed=self.jobs.seed,
+            sampler=str(p.sampler_name),
+            scheduler=str(getattr(p, "scheduler", None)),
+            cfg_scale=float(p.cfg_scale),
+            **asdict(self.jobs.own_frame),
             clip_skip=int(getattr(opts, "CLIP_stop_at_last_layers", 1)),
             encoders=self.encoders.identity,
-            more=(*options, *own, *[("blocks", blocks)] * bool(blocks), *((name, str(value)) for name, value in sorted(self.more.items()))),
+            more=(
+                *options,
+                *own,
+                *[("blocks", blocks)] * bool(blocks),
+                *((name, str(value)) for name, value in sorted(self.jobs.more.items())),
+            ),
         )
-
-    def _job(self, prompt: str, settings: FuseSettings) -> Any:
-        """A job of its own for one picture. Nothing of the outer job's objects is in it but the checkpoint."""
-        from modules.processing import StableDiffusionProcessingTxt2Img
-
-        p = self.p
-        job = StableDiffusionProcessingTxt2Img(
-            sd_model=p.sd_model,
-            prompt=f"{prompt} {self.tags}".strip(),
-            negative_prompt=p.all_negative_prompts[self._first_image],
-            seed=self._seed,
-            # Forge Classic has none: there it is part of the sampler's name.
-            **({"scheduler": p.scheduler} if hasattr(p, "scheduler") else {}),
-            **{**{name: getattr(p, name) for name in _TAKEN_OVER}, **asdict(self._frame)},
-            **copy.deepcopy(dict(_OF_ITS_OWN)),
-            **self.more,
-        )
-        # Conditionings of its own: those of the class are shared by all jobs.
-        job.cached_c, job.cached_uc = [None, None], [None, None]
-        self.prepare(job)
-        job.dynfuse_settings = settings
-        return job
 
 
 def other_tags(data: Mapping[str, Sequence[Any]], own_tag: str, is_claimed: Any) -> list[tuple[str, list[str]]]:
@@ -225,6 +257,8 @@ def _generate(job: Any, what: str) -> Image.Image:
         with own_random_state():
             # Not process_images: that may load another checkpoint, which the outer job has done already.
             processed = processing.process_images_inner(job)
+    except SeenEnough:
+        raise
     except Exception as error:
         log.exception("DynFuse could not make a %s", what)
         reason = str(error).strip().removeprefix("DynFuse: ") or type(error).__name__
@@ -273,6 +307,7 @@ __all__ = [
     "JOB_ARGUMENTS",
     "BaseIdentity",
     "Interrupted",
+    "Jobs",
     "ReferenceFailed",
     "ReferenceMaker",
     "announced",

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...fusion import FusionError
+from ...fusion.calibration import Correlations
 from ...fusion.rules import RULES
 from ...guidance.encoders import Encoders
 from ...guidance.guide import wants_guidance
@@ -18,7 +19,7 @@ from ...lora import LoraFile, compatible, smallest_side
 from ...lora.branch import LoraError
 from ...settings import FuseSettings, SettingsError
 from ...tuning.plan import small_frame, untuned, wants_tuning
-from ..references import compared, similarity
+from ..references import SAME_PROMPT, alone, compared, similarity
 from ..sides import SIDES, names_of
 from .capabilities import Call, Value
 from .catalogue import Catalogue, UnknownLora
@@ -26,7 +27,16 @@ from .guided import GuidedPass
 from .lora_files import FileVersion, LoraFiles
 from .passes import FusionPass, Request
 from .record import FusionJob
-from .references import JOB_ARGUMENTS, Interrupted, ReferenceFailed, ReferenceMaker, file_identity, other_tags, own_random_state
+from .references import (
+    JOB_ARGUMENTS,
+    Interrupted,
+    Jobs,
+    ReferenceFailed,
+    ReferenceMaker,
+    file_identity,
+    other_tags,
+    own_random_state,
+)
 from .roles import Roles
 from .storage import Storage
 from .text_parts import text_parts
@@ -87,11 +97,16 @@ class Requests:
                 new.settings = replace(untuned(new.settings), guidance=False)
             if wants_tuning(new.settings):
                 new.settings = self._tuned(p, data, new, new.settings, job)
+            new.shows = getattr(p, "dynfuse_shows", None)
             new.request = self._read(new.settings.for_hires() if new.hires else new.settings)
+            if new.shows is not None:  # the other side's words are not heard either
+                new.request = replace(new.request, text=self._read(alone(new.settings, new.shows)).text)
             if wants_guidance(new.settings):
                 new.guidance = self._guidance(p, data, new, job)
             if RULES[new.settings.method].compares:
                 new.similarity = self._similarity(p, data, new, job)
+            if RULES[new.settings.method].calibrates and new.shows is None:
+                new.seen = self._seen(p, data, new, job)
         except (SettingsError, LoraError, UnknownLora, FusionError, EncoderError, ReferenceFailed) as reason:
             new.error = f"DynFuse: {reason}"
         except Exception as reason:
@@ -156,7 +171,7 @@ class Requests:
                     job.encoders = encoders = self._storage.encoders()
                 frame = small_frame(int(p.width), int(p.height), int(p.steps), smallest_side(request.files[0].family))
                 maker = self._reference_maker(p, data, with_both_sides(asked), request, encoders)
-                job.tuned[asked] = tuned(replace(maker, frame=frame), asked)
+                job.tuned[asked] = tuned(replace(maker, jobs=replace(maker.jobs, frame=frame)), asked)
             except EncoderError as reason:
                 job.tuned[asked] = None
                 new.note(f"The pair was not tuned: {reason}")
@@ -182,6 +197,21 @@ class Requests:
         except Interrupted:
             return 0.0  # the job itself stops at its first step
 
+    def _seen(self, p: Any, data: Mapping[str, Sequence[Any]], new: FusionPass, job: FusionJob) -> tuple[Correlations, Correlations] | None:
+        """What the layers are given with each side alone. Raises ReferenceFailed."""
+        assert new.settings is not None
+        assert new.request is not None
+        jobs = self._jobs(p, data, new.settings, new.request)
+        if all(jobs.own_prompt(side) is None for side in SIDES):
+            new.note(SAME_PROMPT.format(method=new.settings.method))
+        known = next((done.seen for done in reversed(job.passes) if done.batch == new.batch and done.seen is not None), None)
+        if known is not None:  # a hires pass has its first pass's
+            return known
+        try:
+            return jobs.seen("subject"), jobs.seen("style")
+        except Interrupted:
+            return {}, {}  # the job itself stops at its first step
+
     def _reference_maker(
         self,
         p: Any,
@@ -194,24 +224,34 @@ class Requests:
         """settings: of the first pass, whose references a hires pass shares whatever its own weights are. of_the_picture: under its
         prompt, whatever words the LoRAs have of their own.
         """
-        tags = other_tags(data, TAG, lambda name: self._catalogue.is_among(name, request.paths))
+        tags = self._other_tags(data, request)
         return ReferenceMaker(
-            p,
-            settings,
+            self._jobs(p, data, settings, request, of_the_picture),
             encoders,
             self._storage.reference_cache,
             self._roles.checkpoints.identity(p),
             hashes={side: "+".join(map(self._hash, names_of(settings, side))) for side in SIDES},
-            activation_texts={
-                side: None if of_the_picture else self._catalogue.activation_text(*names_of(settings, side)) for side in SIDES
-            },
-            tags=" ".join(f"<{kind}:{':'.join(items)}>" for kind, items in tags),
             tags_identity="; ".join(
                 f"{kind}:{':'.join(items)} ({file_identity(self._catalogue.path(items[0])) if items else ''})" for kind, items in tags
             ),
+        )
+
+    def _jobs(
+        self, p: Any, data: Mapping[str, Sequence[Any]], settings: FuseSettings, request: Request, of_the_picture: bool = False
+    ) -> Jobs:
+        return Jobs(
+            p,
+            settings,
+            activation_texts={
+                side: None if of_the_picture else self._catalogue.activation_text(*names_of(settings, side)) for side in SIDES
+            },
+            tags=" ".join(f"<{kind}:{':'.join(items)}>" for kind, items in self._other_tags(data, request)),
             more=self._roles.checkpoints.arguments(p),
             prepare=self._roles.checkpoints.prepare,
         )
+
+    def _other_tags(self, data: Mapping[str, Sequence[Any]], request: Request) -> list[tuple[str, list[str]]]:
+        return other_tags(data, TAG, lambda name: self._catalogue.is_among(name, request.paths))
 
     def _hash(self, name: str) -> str:
         return self._catalogue.hash(name) or file_identity(self._catalogue.path(name))

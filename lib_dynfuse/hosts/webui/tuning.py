@@ -28,14 +28,14 @@ def tuned(maker: ReferenceMaker, asked: FuseSettings) -> Tuned:
 
     Raises SettingsError (a given picture), ReferenceFailed, or Interrupted: nothing is kept then but finished references.
     """
-    assert maker.frame is not None
-    digest = digest_of([maker.key(side) for side in SIDES], asked, maker.prompt)
+    assert maker.jobs.frame is not None
+    digest = digest_of([maker.key(side) for side in SIDES], asked, maker.jobs.prompt)
     if (found := known(maker.cache, digest)) is not None:
         return found
     references = maker.references()
     with announced(len(candidates(asked))):
-        found = search(asked, maker.frame, references, maker.encoders, maker.picture)
-    keep(maker.cache, digest, found, maker.prompt)
+        found = search(asked, maker.jobs.frame, references, maker.encoders, maker.picture)
+    keep(maker.cache, digest, found, maker.jobs.prompt)
     return found
 
 

@@ -385,3 +385,44 @@ def test_the_best_device_is_used_unless_one_is_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert loading.best_device() == "cpu"
+
+
+# A method that goes by what the layers are given with each side alone
+
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+
+
+def test_ssr_sees_each_lora_alone_under_its_own_prompt(sd, loras, monkeypatch):
+    """Z Z^T of a layer, against its input in a pipeline with that LoRA merged by hand."""
+    settings = FuseSettings(method="ssr", subject_prompt="a dog", style_prompt="a house", subject_weight="0@0,0.7@1")
+    seen = []
+    original = FusedPipeline._shown
+    monkeypatch.setattr(FusedPipeline, "_shown", lambda self, *arguments: seen.append(original(self, *arguments)) or seen[-1])
+    result = run_fused(sd, loras, settings, cfg_scale=3.0)
+    assert not any("prompt" in note for note in result.notes)
+    tensors = [load_file(lora.path) for lora in loras]
+    key = f"lora_unet_{LAYER.replace('.', '_')}.lora_down.weight"
+    down = torch.cat([own[key] for own in tensors]).double()
+    parts = ((loras[0].path, 0.7, 0.7), "a dog"), ((loras[1].path, 1.0, 1.0), "a house")
+    for correlations, (part, prompt) in zip(seen, parts, strict=True):
+        pipeline, inputs = merged(sd, SD, part), []
+        pipeline.unet.get_submodule(LAYER).register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
+        pipeline(
+            prompt,
+            negative_prompt=NEGATIVE,
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(1),
+            width=64,
+            height=64,
+            output_type="latent",
+        )
+        z = down @ inputs[0][1].double().t()  # the row that sees the prompt, at the first step
+        found = next(own for site, own in correlations.items() if site.layer == LAYER)
+        torch.testing.assert_close(found.matrix.double(), z @ z.t(), rtol=1e-3, atol=1e-3 * float((z @ z.t()).abs().max()))
+        assert found.of_subject.tolist() == [True] * 8 + [False] * 4
+
+
+def test_ssr_says_where_both_were_shown_the_same_prompt(sd, loras):
+    assert any("subject_prompt and style_prompt" in note for note in run_fused(sd, loras, FuseSettings(method="ssr")).notes)

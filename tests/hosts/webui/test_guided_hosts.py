@@ -515,6 +515,47 @@ class TestComparedPictures:
             guided.run(f"a cat {self.TAG}")
 
 
+class TestSidesShown:
+    """SSR goes by what the layers are given with each side alone, under its own prompt; no encoder is needed."""
+
+    TAG = "<dynfuse:dog:watercolor:method=ssr:subject_prompt=a dog:style_prompt=a house>"
+
+    def test_two_jobs_of_one_step_go_before_the_picture(self, webui):
+        calls = []
+        unet = webui.host.roles.denoisers.denoiser(stand_in(webui))
+        original = unet.forward
+        unet.forward = lambda x, *args, **kwargs: calls.append(1) or original(x, *args, **kwargs)
+        webui.run(f"a cat {PLAIN[:-1]}:method=direct>", steps=3)
+        plain = len(calls)
+        calls.clear()
+        images, done = job(webui, f"a cat {self.TAG}", steps=3)
+        assert webui.jobs == 4
+        assert len(calls) == plain + 2 * plain // 3
+        assert not done.notes
+        subject, style = done.seen
+        assert subject
+        assert set(subject) == set(style) == set(done.trace.learned)
+        again, _ = job(webui, f"a cat {self.TAG}", steps=3)
+        assert torch.equal(images, again)
+        summed = webui.run(f"a cat {PLAIN[:-1]}:method=direct>", steps=3)
+        assert (images - summed).abs().max() > 1e-3 * summed.abs().max()
+
+    def test_a_hires_pass_has_its_first_passs(self, webui):
+        done = webui.process(Processing(f"a cat {self.TAG}", enable_hr=True))
+        assert webui.jobs == 3
+        one, two = webui.host.passes(done.p)
+        assert one.seen is two.seen
+
+    def test_sides_without_words_of_their_own_are_told(self, webui):
+        _, done = job(webui, "a cat <dynfuse:dog:watercolor:method=ssr>")
+        assert any("subject_prompt and style_prompt" in note for note in done.notes)
+
+    def test_an_interrupted_job_stops(self, webui):
+        webui.interrupt_at, webui.interrupt_job = 0, 2
+        job(webui, f"a cat {self.TAG}")
+        assert webui.jobs <= 3
+
+
 def references_of(webui):
     """The kept pictures, the subject's first."""
     return sorted(webui.host.reference_cache.entries(), key=lambda entry: entry.side != "subject")
