@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_dynfuse generate | merge | demo | evaluate | study | judge | inspect | cache | bench | toy`.
+"""The command line: `python -m lib_dynfuse generate | merge | ziplora | demo | evaluate | study | judge | inspect | cache | bench | toy`.
 
 A mistake of the user or a file that cannot be used: one sentence on standard error, exit code 2.
 """
@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands)
     _add_merge(commands)
+    _add_ziplora(commands)
 
     demo = commands.add_parser(
         "demo", help="a page with pictures of two LoRAs fused, from a miniature model that is part of the program; nothing is downloaded"
@@ -233,6 +234,44 @@ def _add_merge(commands: Any) -> None:
         if name not in (*LORA_FIELDS, *NOT_MERGED):
             _add_setting(fusion, name, MERGE_METHOD if name == "method" else None)
     merge.set_defaults(run=_merge)
+
+
+def _add_ziplora(commands: Any) -> None:
+    ziplora = commands.add_parser(
+        "ziplora",
+        help="two LoRAs as one file, merged by coefficients that are trained on the base model (ZipLoRA)",
+        description="Write a subject LoRA and a style LoRA as one file: ziplora A B --base M --out FILE. Each column of each LoRA's change "
+        "gets a coefficient, trained so that the file predicts what each LoRA alone predicts of its own prompt, and that both have "
+        "little in common. No pictures are needed: the LoRAs make their own first. A file that exists is never overwritten.",
+        allow_abbrev=False,
+    )
+    files = ziplora.add_argument_group("files and prompts")
+    add = files.add_argument
+    add("subject", type=Path, metavar="A", help="LoRA file of the character, creature or thing to show")
+    add("style", type=Path, metavar="B", help="LoRA file of the way it is drawn")
+    add("--base", required=True, type=Path, metavar="M", help="diffusers pipeline folder, or .safetensors/.ckpt checkpoint, as of generate")
+    add("--config", type=Path, metavar="DIR", help="for a checkpoint: pipeline folder of the same base model, as of generate")
+    add("--out", required=True, type=Path, metavar="FILE", help="file to write, ending in .safetensors")
+    add("--subject-prompt", default="", metavar="P", help="what the subject's LoRA was taught (default: its activation text)")
+    add("--style-prompt", default="", metavar="P", help="what the style's LoRA was taught (default: its activation text)")
+    _add_pairs(add)
+    add("--file-dtype", choices=tuple(DTYPES), default="float16", help="numbers in the file (default: float16)")
+    add = ziplora.add_argument_group("training").add_argument
+    add("--steps", type=whole(1), default=100, metavar="N", help="gradient steps (default: 100, the paper's)")
+    add("--learning-rate", type=_positive, default=0.01, metavar="X", help="of Adam (default: 0.01)")
+    add("--lambda", dest="weight", type=number, default=0.01, metavar="X", help="weight of the sum of |cos| of both LoRAs' coefficients "
+        "in the loss (default: 0.01)")  # fmt: skip
+    add("--pictures", type=whole(1), default=4, metavar="N", help="that each LoRA makes of its prompt, to be trained with (default: 4)")
+    add("--picture-steps", type=whole(1), default=20, metavar="N", help="denoising steps of these (default: 20)")
+    add("--cfg", type=number, metavar="X", help="CFG scale of these (default: the pipeline's own)")
+    add("--size", type=_size, metavar="WxH", help="of these, in pixels (default: the model's own)")
+    add("--batch", type=whole(1), default=1, metavar="N", help="pictures made, and latents trained with, at once; takes more memory "
+        "(default: 1)")  # fmt: skip
+    add("--seed", type=whole(0), default=0, metavar="N", help="of the pictures and of what is drawn from them (default: 0)")
+    add("--low-memory", action="store_true", help="compute activations anew on the way back: a third slower, much less memory")
+    add("--device", metavar="D", help="cuda, mps or cpu (default: the first of these that is there)")
+    add("--dtype", choices=("float32", "bfloat16"), help="numbers to compute with (default: bfloat16 on a GPU of NVIDIA's, else float32)")
+    ziplora.set_defaults(run=_ziplora)
 
 
 def _add_pairs(add: Callable[..., Any]) -> None:
@@ -358,6 +397,42 @@ def _merge(options: argparse.Namespace) -> int:
     )
 
 
+def _ziplora(options: argparse.Namespace) -> int:
+    options.setting_method, options.setting_contrast = "direct", "0"
+    settings = settings_of(options)
+    for side in LORA_FIELDS:
+        if any(schedule.constant is None for schedule in getattr(settings, f"{side}_schedules")):
+            raise SettingsError("--weights must be numbers here: what is trained cannot follow the steps.")
+    from . import ziplora
+
+    return ziplora.run(
+        ziplora.Request(
+            base=options.base,
+            subject=options.subject,
+            style=options.style,
+            out=options.out,
+            settings=settings,
+            prompts={"subject": options.subject_prompt, "style": options.style_prompt},
+            options={
+                "steps": options.steps,
+                "rate": options.learning_rate,
+                "weight": options.weight,
+                "pictures": options.pictures,
+                "batch": options.batch,
+                "picture_steps": options.picture_steps,
+                "cfg_scale": options.cfg,
+                "size": options.size,
+                "seed": options.seed,
+                "low_memory": options.low_memory,
+            },
+            config=options.config,
+            device=options.device,
+            dtype=DTYPES[options.dtype] if options.dtype else None,
+            file_dtype=DTYPES[options.file_dtype],
+        )
+    )
+
+
 _SIDES = "Give two files, the subject's and the style's, or --subject and --style with one or more each."
 
 
@@ -435,6 +510,13 @@ def _inspect(options: argparse.Namespace) -> int:
     from .inspection import inspect_files
 
     return inspect_files(options.files, sys.stdout, sys.stderr)
+
+
+def _positive(text: str) -> float:
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -197,7 +197,8 @@ class FusionSession:
 
     def end_step(self) -> None:
         """The step's calls are over: what was measured in them decides for the steps to come. Does nothing where none is under way."""
-        self._decisions.end()
+        if self._calibration.side is None:
+            self._decisions.end()
 
     def restart(self) -> None:
         """Begin another image on the same model with an empty record; the LoRAs on the device are kept."""
