@@ -22,7 +22,8 @@ from lib_dynfuse.evaluate.statistics import RESAMPLES
 
 from ..model import WEIGHTS
 from .making import shipped_judge
-from .methods import METHODS, RANDOM, ROWS, SWEEP, RowError, chosen, row_of
+from .methods import METHODS, RANDOM, ROWS, SWEEP, ZIPLORA, RowError, chosen, row_of
+from .paper import distinct, paper_text, summaries_of, tables_of
 from .protocol import CFG_SCALE, PAIRS, REFERENCE_SEED, REPORTED, SEEDS, STEPS, TUNING, Pair
 from .run import made, processors
 from .summary import Summary, as_json, summaries
@@ -38,11 +39,15 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         pairs = _pairs(options.pairs or ("tuning" if options.quick else "all"))
-        standard = [*ROWS, *(() if options.quick else SWEEP)]
+        standard = [*ROWS, *((ZIPLORA,) if options.ziplora else ()), *(() if options.quick else SWEEP)]
         rows = [*chosen(standard, options.only or []), *(row_of(text, "tried") for text in options.tried or [])]
     except RowError as error:
         print(f"{str(error)[:1].upper()}{str(error)[1:]}.", file=sys.stderr)
         return 2
+    paper = tables_of(options.table) if options.table else ()
+    if paper:
+        pairs = pairs if options.pairs else REPORTED
+        rows = distinct(paper)
     rows = list({row.name: row for row in rows}.values())
     count = options.seeds or (_QUICK_SEEDS if options.quick else len(SEEDS))
     seeds = tuple(range(options.first_seed, options.first_seed + count))
@@ -59,6 +64,13 @@ def main(argv: Sequence[str]) -> int:
         )
         outcomes = made(work, setup, workers)
     seconds = time.perf_counter() - start
+    if paper:
+        found = [(table, summaries_of(table, outcomes, rows, pairs)) for table in paper]
+        if options.json:
+            print(json.dumps({str(table.number): [as_json(summary) for summary in own] for table, own in found}))
+        else:
+            print(f"{paper_text(found)}\n\n{len(pairs)} pairs, {len(seeds)} seeds each; {setup.steps} steps, CFG {setup.cfg_scale:g}.")
+        return 0
     # A machine's other work at the start; its own workers are not yet in it.
     about = {"workers": workers, "load_before": load, "seconds": seconds}
     reported, tuned = (summaries(outcomes, rows, [pair for pair in group if pair in pairs]) for group in (REPORTED, TUNING))
@@ -89,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         "may be repeated")  # fmt: skip
     add("--try", action="append", dest="tried", metavar="'ROW SETTING=X ...'", help=f"a further row: {', '.join([*METHODS, RANDOM])}, with "
         "settings ('selection bias=2 criterion=js'); may be repeated")  # fmt: skip
+    add("--table", choices=("3", "4", "5", "all"), help="instead of all that: the paper's Tables 3 to 5, on the reported pairs unless "
+        "--pairs names others")  # fmt: skip
+    add("--ziplora", action="store_true", help="also ZipLoRA, whose coefficients are trained for each pair: minutes more")
     add("--pairs", metavar="P", help=f"{', '.join(_SETS)}, or names with commas between ({PAIRS[0].name},{PAIRS[1].name}) (default: all)")
     add("--seeds", type=_positive, metavar="N", help=f"pictures of each pair (default: {len(SEEDS)})")
     add("--quick", action="store_true", help=f"{_QUICK_SEEDS} pictures of each tuning pair, without the sweep: only shows that all works")

@@ -20,15 +20,18 @@ from lib_dynfuse.fusion.session import FusionSession
 from lib_dynfuse.guidance.references import ReferenceCache
 from lib_dynfuse.guidance.weights import EncoderSources
 from lib_dynfuse.hosts.diffusers import FusedPipeline, GuidanceSources, denoiser
+from lib_dynfuse.hosts.diffusers.ziplora import Recipe, lessons, train
 from lib_dynfuse.lora import LoraFile, read_lora
 from lib_dynfuse.lora.naming import Site
+from lib_dynfuse.settings import FuseSettings
+from lib_dynfuse.ziplora import write
 
 from ..judges import load_judges
 from ..model import load_pipeline
 from ..oracles import read_oracle
 from .diagnosis import Diagnosis, EveryRow, diagnosis
 from .methods import Row
-from .protocol import Pair
+from .protocol import REFERENCE_SEED, Pair
 from .work import Judge, Outcome, Setup, Task
 
 
@@ -51,8 +54,9 @@ class Studio:
 
     def make(self, task: Task) -> Outcome:
         pair, row = task.pair, task.row
+        zipped = self._zipped(pair) if row.loras == "ziplora" else None
         clock = _Clock(self._on_step)
-        images, trace = self._base(pair, clock) if row.loras == "none" else self._fused(pair, row, clock)
+        images, trace = self._base(pair, clock) if row.loras == "none" else self._fused(pair, row, clock, zipped)
         seconds = clock.seconds() / len(images)
         pictures = np.stack([np.asarray(image.convert("RGB")) for image in images])
         scores = self._judge.scores(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
@@ -79,9 +83,25 @@ class Studio:
         )
         return output.images, None
 
-    def _fused(self, pair: Pair, row: Row, clock: _Clock) -> tuple[list[Image.Image], Diagnosis | None]:
+    def _zipped(self, pair: Pair) -> LoraFile:
+        """The pair's LoRAs as the command ziplora merges them, of the prompts that each LoRA alone is asked for; 4 pictures at once."""
+        subject, style = self._lora(pair.subject, self.setup.loudness[0]), self._lora(pair.style, self.setup.loudness[1])
+        fused = FusedPipeline(self._pipeline, subject, style, FuseSettings(method="direct", contrast=0.0))
+        recipe = Recipe(batch=4, seed=REFERENCE_SEED)
+        prompts = {"subject": pair.subject_prompt, "style": pair.style_prompt}
+        mergers = train(fused, lessons(fused, prompts, recipe, lambda *_: self._on_step()), recipe, lambda loss: self._on_step())
+        session = FusionSession(denoiser(self._pipeline), subject, style, fused.settings)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"{pair.name}.safetensors")
+            write(path, session, (subject, style), mergers, {}, dtype=torch.float32)
+            return read_lora(path)
+
+    def _fused(self, pair: Pair, row: Row, clock: _Clock, zipped: LoraFile | None) -> tuple[list[Image.Image], Diagnosis | None]:
         setup = self.setup
-        subject = read_oracle(setup.weights, pair.name) if row.loras == "oracle" else self._lora(pair.subject, setup.loudness[0])
+        if zipped is not None:
+            subject = zipped
+        else:
+            subject = read_oracle(setup.weights, pair.name) if row.loras == "oracle" else self._lora(pair.subject, setup.loudness[0])
         rule = RandomChoice(pair, setup.seeds) if row.loras == "random" else None
         fused = _Fusion(self._pipeline, subject, self._lora(pair.style, setup.loudness[1]), row, pair, self._guidance, rule)
         made = fused(

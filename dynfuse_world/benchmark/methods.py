@@ -34,8 +34,9 @@ class Row:
     """One line of the table.
 
     loras: "pair", the pair's two; "oracle", one that was trained on true pictures of the pair; "none"; "random", the pair's two, and for
-    each layer and picture a coin says which. group: "floor", "ceiling", "method", "sweep" (on the tuning pairs only) or "tried" (by the
-    command line). settings: of the fusion, where there are two LoRAs.
+    each layer and picture a coin says which; "ziplora", one that is merged of the pair's by trained coefficients. group: "floor",
+    "ceiling", "method", "paper" (of its own tables), "sweep" (on the tuning pairs only) or "tried" (by the command line). settings: of the
+    fusion, where there are two LoRAs.
     """
 
     name: str
@@ -84,6 +85,9 @@ ROWS = (
 )
 """On all pairs."""
 
+ZIPLORA = Row("ziplora", loras="ziplora", settings=FuseSettings(method="direct", style_weight=0.0))
+"""Not made unless asked for: the coefficients of each pair are trained first."""
+
 SWEEP = tuple(
     row_of(text, "sweep")
     for text in (
@@ -108,6 +112,7 @@ SWEEP = tuple(
         "direct method=np-lora",
         "direct method=ties",
         "direct method=dare",
+        "direct method=ssr",
         "direct method=switch",
     )
 )
@@ -126,4 +131,4 @@ def fits(row: Row, pattern: str) -> bool:
     return pattern == row.group or fnmatchcase(row.name, pattern)
 
 
-__all__ = ["METHODS", "RANDOM", "ROWS", "SWEEP", "Row", "RowError", "chosen", "row_of"]
+__all__ = ["METHODS", "RANDOM", "ROWS", "SWEEP", "ZIPLORA", "Row", "RowError", "chosen", "row_of"]

@@ -26,8 +26,8 @@ COMPARED_WITH = "direct"
 class Summary:
     """A row over some pairs.
 
-    means: MEASURES and OF_MEANS. differences: of MEASURES to the row COMPARED_WITH, picture by picture; None for itself, and where
-    there is no such row. by_pair: pair -> measure -> mean over the seeds. seconds: of one processor for one picture, mean over pairs.
+    means: MEASURES and OF_MEANS. differences: of MEASURES to the row that all are compared with, picture by picture; None for itself, and
+    where there is no such row. by_pair: pair -> measure -> mean over the seeds. seconds: of one processor for one picture, mean over pairs.
     """
 
     row: Row
@@ -39,7 +39,7 @@ class Summary:
     by_pair_diagnosis: dict[str, Diagnosis]
 
 
-def summaries(outcomes: Iterable[Outcome], rows: Sequence[Row], pairs: Sequence[Pair]) -> list[Summary]:
+def summaries(outcomes: Iterable[Outcome], rows: Sequence[Row], pairs: Sequence[Pair], compared_with: str = COMPARED_WITH) -> list[Summary]:
     """Of the rows that were made on all of these pairs."""
     found = {(outcome.pair, outcome.row): outcome for outcome in outcomes}
     complete = {row.name: [found[pair, row.name] for pair in pairs] for row in rows if all((pair, row.name) in found for pair in pairs)}
@@ -47,9 +47,9 @@ def summaries(outcomes: Iterable[Outcome], rows: Sequence[Row], pairs: Sequence[
         return []
     measured = {name: _measures(of_row) for name, of_row in complete.items()}
     draws = Resamples.draw(*next(iter(measured.values()))["subject"].shape)
-    reference = measured.get(COMPARED_WITH)
+    reference = measured.get(compared_with)
     return [
-        _summary(row, complete[row.name], measured[row.name], None if row.name == COMPARED_WITH else reference, draws)
+        _summary(row, complete[row.name], measured[row.name], None if row.name == compared_with else reference, draws)
         for row in rows
         if row.name in complete
     ]

@@ -10,9 +10,9 @@ from .diagnosis import Diagnosis
 from .summary import COMPARED_WITH, MEASURES, OF_MEANS, Summary
 
 
-def scores_table(summaries: Sequence[Summary]) -> str:
-    """Means with their intervals; differences to direct whose interval leaves out zero are bold."""
-    head = ["", *MEASURES, OF_MEANS, f"harmonic mean, difference to {COMPARED_WITH}", "s / picture"]
+def scores_table(summaries: Sequence[Summary], compared_with: str = COMPARED_WITH) -> str:
+    """Means with their intervals; differences to the row `compared_with` whose interval leaves out zero are bold."""
+    head = ["", *MEASURES, OF_MEANS, f"harmonic mean, difference to {compared_with}", "s / picture"]
     lines = [
         [
             summary.row.name,

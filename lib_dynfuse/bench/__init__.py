@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark from the command line; returns the exit code."""
-    from . import fusion, guidance
+    from . import fusion, guidance, methods
 
-    run = {"fusion": fusion.run, "guidance": guidance.run}
+    run = {"fusion": fusion.run, "methods": methods.run, "guidance": guidance.run}
 
     parser = argparse.ArgumentParser(prog="python -m lib_dynfuse bench", description="Measure what DynFuse costs on this machine.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     fusion.add_arguments(benchmarks.add_parser("fusion", help="feature-level selection against a plain and a literally fused step"))
+    methods.add_arguments(benchmarks.add_parser("methods", help="every fusion method beside a plain step"))
     guidance.add_arguments(benchmarks.add_parser("guidance", help="what the correction of a step costs, in time and memory"))
     try:
         from dynfuse_world import steering

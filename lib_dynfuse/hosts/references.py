@@ -35,7 +35,7 @@ def compared(settings: FuseSettings) -> FuseSettings:
 def shown(settings: FuseSettings) -> FuseSettings:
     """For sessions that only see what layers are given with one side alone: each LoRA in full, whatever its course over the steps."""
     weights: dict[str, Any] = {f"{side}_weight": full_weight(settings, side) for side in SIDES}
-    return replace(settings, **weights, guidance=False, contrast=0.0, style_contrast=0.0, subject_contrast=0.0)
+    return replace(settings, **weights, tilt=0.0, guidance=False, contrast=0.0, style_contrast=0.0, subject_contrast=0.0)
 
 
 SAME_PROMPT = (

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from lib_dynfuse import FuseSettings
-from lib_dynfuse.bench import fusion, main, sweep
+from lib_dynfuse.bench import fusion, main, methods, sweep
 from lib_dynfuse.bench.denoisers import Denoiser, Loras
 from lib_dynfuse.bench.dispatched import Dispatched, added
 from lib_dynfuse.bench.host_time import host_microseconds, stack_and_loras
 from lib_dynfuse.bench.literal import literally_fused
 from lib_dynfuse.fusion import FusionSession, folding
+from lib_dynfuse.fusion.rules import RULES
 
 from ..fusion.models import ATTENTION, WIDTH, lora_file, tokens_model
 
@@ -157,3 +158,21 @@ def test_counting_needs_no_weights(capsys):
     assert operations["direct"]["added_per_layer"] == 0
     assert operations["next"]["added_per_layer"] <= 4
     assert operations["next"]["added_per_step"] <= 250
+
+
+def test_every_method_there_is_is_measured_or_says_why_not():
+    stack, branches = stack_and_loras()
+    small = Denoiser("small", 64, stack, {"x": torch.randn(2, 4, stack.run[0].in_features)})
+    result = methods.measure(small, Loras.split(branches), tuple(RULES), rounds=1)
+    assert set(result) == set(RULES)
+    for name, own in result.items():
+        if name in ("blora", "craft"):
+            assert "SDXL" in own["refused"]
+        else:
+            assert own["ratio"] == pytest.approx(own["seconds"] / own["plain_seconds"]), name
+    assert {name: own.get("before") for name, own in result.items() if own.get("before")} == {
+        "est-lora": "a picture with each side alone",
+        "ssr": "a step with each side alone",
+    }
+    text = methods._text({"setup": dict.fromkeys("model size rank device threads dtype torch python rounds".split()), "methods": result})
+    assert text.count("\n| `") == 1 + len(RULES)

@@ -53,7 +53,8 @@ class Ssr(Direct):
     ) -> Sequence[LowRank | Dense]:
         routes = self.learned.get(site)
         thin = [change for change in changes if isinstance(change, LowRank)]
-        if routes is None or len(thin) < len(changes):
+        # Fewer LoRAs than were seen: a tilt silences one side.
+        if routes is None or len(thin) < len(changes) or sum(change.rank for change in thin) != len(routes):
             return changes
         ups = torch.cat([strength * change.scale * change.up.float() for change, strength in zip(thin, strengths)], 1)
         led = (ups @ routes.to(ups.device)).split([change.rank for change in thin], 1)
