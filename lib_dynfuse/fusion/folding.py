@@ -58,10 +58,10 @@ class Folding:
 
     @property
     def wanted(self) -> bool:
-        """Whether the weights of the sum are the same in all rows and steps."""
+        """Whether the weights of the sum are the same in all rows and steps, and nobody wants the base's output to measure on."""
         state = self._state
         rule = state.rule
-        stays = rule.constant and not (rule.measures or rule.composes or state.varying)
+        stays = rule.constant and not (rule.measures or rule.composes or state.varying or state.watched)
         return stays and state.settings.negative_weight == 1.0 and self._tries < _TRIES
 
     def fold(self, weights: Tensor | None) -> None:

@@ -22,7 +22,7 @@ def register() -> None:
             "named as the image, with -dynfuse.png; shows which LoRA each layer used at each step, and the guidance's similarities"
         ),
         "dynfuse_watch_selection": option(False, "Measure what the paper's selection would choose").info(
-            "for the map, with methods that do not measure themselves; a little slower, and the same picture"
+            "for the map, with methods that do not measure themselves; slower; the picture is the same but for rounding"
         ),
         "dynfuse_clip_model": option(CLIP_DEFAULT, "CLIP encoder of the guidance").info(
             "ARCHITECTURE/TAG of open_clip, or a local file (ARCHITECTURE=PATH) or folder"

@@ -459,3 +459,14 @@ def test_what_the_selection_would_choose_is_recorded_under_other_methods(model, 
             assert chosen.weights[number, position].t().tolist() == [subject.tolist(), (1 - subject).tolist()]
     assert not chosen.reached[0].any()
     assert 0 < chosen.subject_shares[1:].mean() < 1
+
+
+def test_it_is_recorded_where_the_sum_would_be_in_the_layers_weights(model, loras):
+    settings = FuseSettings(method="balanced")
+    steps, rows = latents(2), Rows((0, 0), (False, True), 1)
+    plain, watched = (FusionSession(model, *loras[:2], settings, watched=watches) for watches in (False, True))
+    for one, other in zip(run(plain, model, steps, rows), run(watched, model, steps, rows)):
+        for name in NAMES:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+    assert watched.trace.measured[1:].all()
+    assert not plain.trace.measured.any()
