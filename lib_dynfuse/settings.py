@@ -172,7 +172,7 @@ class FuseSettings:
     )
     criterion: str = setting(
         "kl",
-        "Criterion",
+        "Change measured by",
         "How the change of a layer's features is measured. kl: Kullback-Leibler divergence from the base model's features (the paper's). "
         "js: Jensen-Shannon divergence. cosine: one minus the cosine similarity. dot: fall of the dot product with the base features.",
         choices=("kl", "js", "cosine", "dot"),
@@ -186,7 +186,7 @@ class FuseSettings:
     )
     granularity: str = setting(
         "image",
-        "Decide per",
+        "One choice per",
         "image: one choice per layer and image, made on the prompt and used for the negative prompt too. "
         "row: prompt and negative prompt choose on their own. token: every place in the picture chooses on its own (experimental).",
         choices=("image", "row", "token"),
@@ -200,20 +200,20 @@ class FuseSettings:
     )
     temperature: str = setting(
         "raw",
-        "Temperature",
+        "Scale of features",
         "raw: features as they are (the paper's). rms: features divided by their spread, so that a few loud channels do not decide alone.",
         choices=("raw", "rms"),
     )
     balance: str = setting(
         "none",
-        "Balance",
+        "Balance of loudness",
         "none: the divergences are compared as they are (the paper's); a louder LoRA wins nearly everywhere. "
         "gamma: the style's divergences are scaled so that both LoRAs weigh the same over the first step.",
         choices=("none", "gamma"),
     )
     bias: float = setting(
         1.0,
-        "Bias",
+        "Bias to the style",
         "The subject wins a layer if its divergence is at least this many times the style's. "
         "Above 1 favours the style, below 1 the subject.",
         minimum=0.0,
@@ -221,7 +221,7 @@ class FuseSettings:
     )
     one_sided: str = setting(
         "apply",
-        "One-sided layers",
+        "Layers of one LoRA only",
         "What to do with a layer that only one of the two LoRAs changes. apply: that LoRA is used there. "
         "skip: the layer stays as in the base model.",
         choices=("apply", "skip"),
@@ -263,7 +263,7 @@ class FuseSettings:
     )
     start: float = setting(
         0.0,
-        "Start",
+        "Guide from (0-1)",
         "The guidance begins at this fraction of the steps.",
         minimum=0.0,
         maximum=1.0,
@@ -271,7 +271,7 @@ class FuseSettings:
     )
     end: float = setting(
         1.0,
-        "End",
+        "Guide until (0-1)",
         "The guidance ends at this fraction of the steps.",
         minimum=0.0,
         maximum=1.0,
@@ -279,7 +279,7 @@ class FuseSettings:
     )
     every: int = setting(
         1,
-        "Every",
+        "Guide every n steps",
         "Guide only every n-th step of the range: faster, and weaker.",
         minimum=1,
         slider=(1, 10, 1),
@@ -300,7 +300,7 @@ class FuseSettings:
     )
     limit: float = setting(
         0.05,
-        "Limit",
+        "Most change a step",
         "No step changes the predicted picture by more than this fraction of its own strength (RMS). 0 takes the limit away.",
         minimum=0.0,
         slider=(0.0, 0.5, 0.01),
@@ -317,13 +317,13 @@ class FuseSettings:
     )
     subject_image: str = setting(
         "",
-        "Subject reference picture",
+        "Subject picture",
         "A picture of the subject to use in place of a generated reference.",
         picture=True,
     )
     style_image: str = setting(
         "",
-        "Style reference picture",
+        "Style picture",
         "A picture of the style to use in place of a generated reference.",
         picture=True,
     )
@@ -356,14 +356,14 @@ class FuseSettings:
     )
     decide: str = setting(
         "next",
-        "Decide",
+        "When to choose",
         "next: the first step measures and chooses in each layer, and every other one goes by what was measured in the step before; much "
         "faster on a fast card. now: measure and choose in each layer at every step, as in the paper.",
         choices=("next", "now"),
     )
     decide_every: int = setting(
         1,
-        "Decide every",
+        "Choose every n steps",
         "Choose anew only at every n-th step, and keep the choice in between: faster, and coarser.",
         minimum=1,
         slider=(1, 10, 1),
@@ -386,28 +386,28 @@ class FuseSettings:
     )
     style_contrast: float = setting(
         0.0,
-        "Contrast to the style alone",
+        "Away from the style",
         "The same, away from what the style's LoRAs would draw alone: more of the subject.",
         minimum=0.0,
         slider=(0.0, 5.0, 0.1),
     )
     subject_contrast: float = setting(
         0.0,
-        "Contrast to the subject alone",
+        "Away from the subject",
         "The same, away from what the subject's LoRAs would draw alone: more of the style.",
         minimum=0.0,
         slider=(0.0, 5.0, 0.1),
     )
     contrast_every: int = setting(
         5,
-        "Contrast made every",
+        "Contrast every n steps",
         "Make the direction of the contrast anew only at every n-th step, and keep it in between: nearly as good, and cheaper.",
         minimum=1,
         slider=(1, 10, 1),
     )
     contrast_start: float = setting(
         0.0,
-        "Contrast starts",
+        "Contrast from (0-1)",
         "The contrast begins at this fraction of the steps.",
         minimum=0.0,
         maximum=1.0,
@@ -415,7 +415,7 @@ class FuseSettings:
     )
     contrast_end: float = setting(
         1.0,
-        "Contrast ends",
+        "Contrast until (0-1)",
         "The contrast ends at this fraction of the steps.",
         minimum=0.0,
         maximum=1.0,
@@ -440,14 +440,14 @@ class FuseSettings:
     )
     switch_every: int = setting(
         5,
-        "Steps of a turn",
+        "Steps of a turn (switch)",
         "For the method switch: after how many steps the next LoRA has its turn.",
         minimum=1,
         slider=(1, 20, 1),
     )
     density: float = setting(
         0.2,
-        "Density",
+        "Density (ties, dare)",
         "For the methods ties and dare: the share of each LoRA's weights that is kept.",
         minimum=0.01,
         maximum=1.0,
@@ -455,7 +455,7 @@ class FuseSettings:
     )
     dare_seed: int = setting(
         0,
-        "Seed of dare",
+        "Seed (dare)",
         "For the method dare: which weights are kept by chance.",
         minimum=0,
     )

@@ -45,7 +45,7 @@ def build(element: Callable[[str], str], host: WebUIHost) -> OwnPresets:
             buttons = {
                 what: gr.Button(what.capitalize(), elem_id=element(f"own_preset_{what}"), size="sm", min_width=60) for what in TOOLTIPS
             }
-    message = gr.HTML(value="", elem_id=element("own_preset_message"), elem_classes=["dynfuse-kept"])
+    message = gr.HTML(value="", elem_id=element("own_preset_message"), elem_classes=["dynfuse-kept", "dynfuse-own-message"])
     name.do_not_save_to_config = True
     name.webui_tooltip = NAME_TOOLTIP
     for what, button in buttons.items():
