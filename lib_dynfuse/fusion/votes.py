@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..settings import FuseSettings
 from .divergence import Workspace, largest_chunk, measured
 from .operators import Group
 from .rows import RowIndices, sample_count
@@ -85,6 +86,21 @@ class Ballot:
             yield numbers, images, votes
 
 
+def measuring_memory(settings: FuseSettings, shapes: Sequence[tuple[int, int]], members: int, tokens: int, images: int) -> tuple[int, int]:
+    """What measuring takes on the device beside the LoRAs: (numbers of the denoiser's type, bytes).
+
+    shapes: (in, out) of the sites between whose LoRAs there is a choice. members: B. tokens: of the largest layer's row. Samples of all
+    layers are kept where choices are made for the next step; the changes of one layer at a time, and the float32 terms of their
+    divergence, are there in any case. An upper bound: deeper layers have fewer tokens, and large groups are cut into chunks.
+    """
+    if not shapes:
+        return 0, 0
+    samples = min(settings.vote_tokens or tokens, tokens)
+    kept = 0 if settings.decide == "now" and settings.decide_every == 1 else images * samples * sum(map(sum, shapes))
+    widest = max(width for _, width in shapes)
+    return kept, 4 * (members + 2) * images * samples * widest
+
+
 def _divergences(criterion: str, rms: bool, box: Box, group: Group, levels: Tensor | None, rows: int, workspace: Workspace) -> Tensor:
     """(G, rows, P). levels: (P,)."""
     ups, y = group.ups, box.y
@@ -109,4 +125,4 @@ def _divergences(criterion: str, rms: bool, box: Box, group: Group, levels: Tens
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).transpose(1, 2)
 
 
-__all__ = ["Ballot", "Box"]
+__all__ = ["Ballot", "Box", "measuring_memory"]

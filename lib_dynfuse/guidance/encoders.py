@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..memory import is_out_of_memory
 from ..reasons import first_line
 from .preprocessing import prepared
 from .torchscript import is_torchscript, torchscript_state
@@ -101,10 +102,17 @@ class Encoders:
             return Embeddings(self.clip(pictures), self.dino(pictures))
 
     def embed_picture(self, picture: Image.Image) -> Embeddings:
-        """Of one picture: one row each."""
+        """Of one picture: one row each. Where the encoders' device has no room for that, they move to the CPU and do it there."""
         pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
         with torch.inference_mode(False):
-            return self.embed(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None])
+            one = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
+            try:
+                return self.embed(one)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Not in the except clause: the exception's frames hold on to the memory that ran out.
+            return self.to("cpu").embed(one)
 
 
 _loaded: dict[object, Encoders] = {}

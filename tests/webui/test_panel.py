@@ -365,7 +365,7 @@ def test_pasting_a_picture_that_is_gone_empties_its_place_and_says_so(paste, hos
     assert pasted_picture(paste, entries) is None
     panel.warn_about_paste(entries, host)
     assert len(warnings) == 1
-    assert warnings[0].startswith("DynFuse: Style reference picture: the reference picture 0123456789abcdef is not")
+    assert warnings[0].startswith("DynFuse: Style picture: the reference picture 0123456789abcdef is not")
 
 
 def test_pasting_a_path_shows_no_file(paste, tmp_path):

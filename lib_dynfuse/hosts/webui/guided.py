@@ -211,7 +211,13 @@ class GuidedPass:
         if module is None:
             self._notes.append(f"The decoder taesd could not be used ({reason.rstrip('.')}); vae-small was used instead.")
             return None
-        return VaeDecoder(private_copy(module, torch.float32, device), name="taesd")
+        try:
+            return VaeDecoder(private_copy(module, torch.float32, device), name="taesd")
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self._notes.append("Memory ran out for the decoder taesd; vae-small was used instead.")
+        return None
 
 
 def _why_not_exact(error: RuntimeError) -> str | None:

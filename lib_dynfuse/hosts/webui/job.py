@@ -18,9 +18,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ...fusion.rules import RULES
+from ...fusion.votes import measuring_memory
 from ...lora.branch import applied_size
 from ...settings import FuseSettings
 from ...text import tag
@@ -92,9 +95,14 @@ class JobSeams:
             return
         elements = sum(applied_size(branch) for file in current.request.files for branch in file.denoiser.values())
         guidance, bytes_ = current.guidance, 0
-        if guidance is not None and guidance.encoders is not None:
+        measures = RULES[current.request.settings.method].measures or current.request.watched
+        if measures or (guidance is not None and guidance.encoders is not None):
             size = (p.hr_upscale_to_x, p.hr_upscale_to_y) if current.hires else (p.width, p.height)
-            bytes_ = memory_needed(guidance.settings, guidance.encoders, *size, p.batch_size)
+        if measures:
+            samples, terms = _measuring(current.request, *size, p.batch_size)
+            elements, bytes_ = elements + samples, terms
+        if guidance is not None and guidance.encoders is not None:
+            bytes_ += memory_needed(guidance.settings, guidance.encoders, *size, p.batch_size)
         self._roles.denoisers.reserve(p, elements, bytes_)
 
     # Whether an error of ours must stop the job, because a fused picture was asked for.
@@ -299,6 +307,19 @@ def _note(p: Any, sentence: str) -> None:
     else:
         p.comment(sentence)
         p.extra_generation_params[NOTE] = sentence
+
+
+def _measuring(request: Request, width: int, height: int, images: int) -> tuple[int, int]:
+    """See votes.measuring_memory."""
+    changed: dict[str, list[tuple[int, ...]]] = {}
+    for file in request.files:
+        for name, branch in file.denoiser.items():
+            if branch.shape is not None:
+                changed.setdefault(name, []).append(branch.shape)
+    shapes = [(math.prod(found[0][1:]), found[0][0]) for found in changed.values() if len(found) > 1]
+    # A latent's pixel is 8 of the picture's, and the most tokens that a layer has.
+    tokens = max(1, width // 8) * max(1, height // 8)
+    return measuring_memory(request.settings, shapes, len(request.files), tokens, images)
 
 
 def _when_written(job: FusionJob) -> Callable[..., str | None]:

@@ -423,6 +423,46 @@ class TestMemory:
         assert torch.equal(images, plain)
         assert any("without it" in note for note in done.notes)
 
+    @pytest.mark.parametrize("where", ["private_copy", "encoders"])
+    def test_without_room_for_decoder_or_encoders_the_image_is_made_unguided(self, guided, monkeypatch, where):
+        from lib_dynfuse.guidance.encoders import Encoders
+        from lib_dynfuse.hosts.webui import guided as module
+
+        plain = guided.run(f"a cat {PLAIN}")
+        guided.run(f"a cat {TAG}", steps=1)  # the references exist
+
+        def short(*args, **kwargs):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        if where == "private_copy":
+            monkeypatch.setattr(module, "private_copy", short)
+        else:
+            original = Encoders.to
+            monkeypatch.setattr(Encoders, "to", lambda self, device: original(self, device) if device == "cpu" else short())
+        images, done = job(guided, f"a cat {TAG}")
+        assert torch.equal(images, plain)
+        assert any("there was no room for the decoder and the encoders" in note for note in done.notes)
+
+    def test_a_reference_is_looked_at_on_the_cpu_where_the_device_is_full(self, guided, monkeypatch):
+        from lib_dynfuse.guidance.encoders import Encoders
+
+        expected = guided.run(f"a cat {TAG}")
+        guided.host.reference_cache.clear()
+        tries, moves = [], []
+        embed, to = Encoders.embed, Encoders.to
+
+        def full_at_first(self, pictures):
+            tries.append(pictures.shape)
+            if len(tries) % 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return embed(self, pictures)
+
+        monkeypatch.setattr(Encoders, "embed", full_at_first)
+        monkeypatch.setattr(Encoders, "to", lambda self, device: (moves.append(str(device)), to(self, device))[1])
+        assert torch.equal(guided.run(f"a cat {TAG}"), expected)
+        assert len(tries) == 4
+        assert moves[:2] == ["cpu", "cpu"]
+
     def test_exact_falls_back_to_fast_when_the_denoiser_runs_out_of_memory(self, guided, monkeypatch):
         fast, _ = job(guided, f"a cat {tag()}")
         unet = type(guided.host.roles.denoisers.denoiser(stand_in(guided)))
