@@ -472,7 +472,8 @@ class FuseSettings:
         "off",
         "Tune",
         "auto: before the first picture, small pictures at a few tilts between subject and style and a few contrasts are made, and the "
-        "settings of the best are used; they are kept, so that the same job has them at once. Needs the guidance's CLIP and DINO encoders.",
+        "settings of the best are used; they are kept, so that the same job has them at once. Needs the guidance's CLIP and DINO encoders. "
+        "Measured in a small world of our own it finds nothing better than the default on average: look at the small pictures yourself.",
         choices=("off", "auto"),
     )
 

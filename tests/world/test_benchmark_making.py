@@ -94,8 +94,18 @@ def test_every_row_is_made_and_judged(studio):
             assert scores.shape == (len(SEEDS),)
             assert ((scores >= 0) & (scores <= 1)).all()
     assert {name for name, outcome in outcomes.items() if outcome.diagnosis} == {"selection", "both"}
+    outcomes.pop("tuned")  # what it finds may be another row's settings
     different = {outcome.pictures.tobytes() for outcome in outcomes.values()}
     assert len(different) == len(outcomes)
+
+
+def test_the_tuned_row_is_the_pair_with_what_was_found_for_it(studio, weights, tmp_path):
+    loras = [read_lora(weights / "loras" / f"{name}.safetensors") for name in (PAIR.subject, PAIR.style)]
+    fused = FusedPipeline(model.load_pipeline(weights), *loras, ROW["tuned"].settings_for(PAIR), studio._guidance)
+    found = fused.tuned(PAIR.prompt, seed=SEEDS[0], steps=STEPS, cfg_scale=5.0)
+    plain = FusedPipeline(model.load_pipeline(weights), *loras, found.settings(FuseSettings()))
+    images = plain(PAIR.prompt, seeds=SEEDS, steps=STEPS, cfg_scale=5.0).images
+    np.testing.assert_array_equal(made_of(studio, ROW["tuned"]).pictures, np.stack([np.asarray(image) for image in images]))
 
 
 def test_the_base_row_is_the_pipeline_alone(studio, weights):
