@@ -65,9 +65,13 @@ class Folding:
         return stays and state.settings.negative_weight == 1.0 and self._tries < _TRIES
 
     def fold(self, weights: Tensor | None) -> None:
-        """Make the weights of all layers that have run, or of none where memory is short. weights: (S, 1, B), the rule's; None: all 1."""
+        """Make the weights of all layers that have run, or of none where memory is short or each image has its own. weights: (S, 1, B) or
+        (S, I, B), the rule's; None: all 1.
+        """
         self.unfold()
         self._tries += 1
+        if weights is not None and weights.shape[1] > 1:
+            return
         ready = {layer: weight for layer in self._layers if (weight := _foldable(layer)) is not None}
         if not _fits(ready):
             return
