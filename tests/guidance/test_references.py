@@ -259,3 +259,15 @@ def test_a_picture_that_is_no_longer_kept_is_refused_with_a_sentence(cache):
     cache.clear()
     with pytest.raises(SettingsError, match=f"{name} is not .* kept on this machine"):
         cache.picture(name)
+
+
+def test_what_is_kept_is_listed_without_decoding_a_picture(cache, monkeypatch):
+    """The list is made anew after every job: 0.04 s for each picture were seconds."""
+    cache.keep_picture(Image.new("RGB", (20, 10), "red"))
+
+    def decode(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decode)
+    assert [entry.side for entry in cache.entries()] == ["given"]
+    assert cache.size() > 0

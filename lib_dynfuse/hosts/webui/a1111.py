@@ -123,13 +123,17 @@ class A1111Samplers(Samplers):
         from modules import shared
 
         # The Lora extension merges in place and lazily, in the first forward that it sees (networks.py:383).
-        shared.sd_model.model.requires_grad_(False)
+        learning = [parameter for parameter in shared.sd_model.model.parameters() if parameter.requires_grad]
+        for parameter in learning:
+            parameter.requires_grad_(False)
         latent = args[0] if args else kwargs["x"]
         with torch.enable_grad():
             leaf = latent.detach().clone().requires_grad_()
             try:
                 yield ((leaf, *args[1:]), kwargs) if args else ((), {**kwargs, "x": leaf})
             finally:
+                for parameter in learning:
+                    parameter.requires_grad_(True)
                 # What the previews show would hold on to the whole graph.
                 sampler = cfg_denoiser.sampler
                 if isinstance(sampler.last_latent, Tensor):

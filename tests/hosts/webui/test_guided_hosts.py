@@ -479,6 +479,15 @@ class TestMemory:
         assert any("exact gradient was given up" in note for note in done.notes)
         assert done.trace.winners.shape[0] == 3
 
+    def test_an_exact_step_leaves_the_models_parameters_as_they_were(self, guided):
+        model = guided.host.roles.denoisers.denoiser(stand_in(guided))
+        if "A1111" in guided.host.name:
+            model.requires_grad_(True)
+        before = [parameter.requires_grad for parameter in model.parameters()]
+        guided.run(f"a cat {tag(gradient='exact')}")
+        assert [parameter.requires_grad for parameter in model.parameters()] == before
+        assert all(parameter.grad is None for parameter in model.parameters())
+
     def test_exact_falls_back_to_fast_when_another_extension_cannot_be_differentiated(self, guided):
         fast, _ = job(guided, f"a cat {tag()}")
         unet = guided.host.roles.denoisers.denoiser(stand_in(guided))
