@@ -111,7 +111,7 @@ def _begun(subjects: Sequence[str] | None, styles: Sequence[str] | None) -> list
     """Updates of the switch and of *Tune*, and a message, whose mark presses Generate."""
     if not subjects or not styles:
         return [gr.update(), gr.update(), _sentence("Pick a subject LoRA and a style LoRA first.")]
-    return [True, AUTO, _sentence("The small pictures are made with this picture, and shown under it.", GENERATE)]
+    return [True, AUTO, _sentence("The small pictures are made with this picture, and shown below.", GENERATE)]
 
 
 def _chosen(text: str) -> list[Any]:
