@@ -138,14 +138,14 @@ def _metrics(plan: Plan, device: str, progress: Progress | None = None) -> list[
 
 def _device(plan: Plan) -> str:
     """Where the encoders compute: beside a WebUI its memory is left alone."""
-    from .makers.with_diffusers import own_device
+    from .makers.with_diffusers import device_of
 
     if plan.encoders.device or plan.make.webuis:
         return plan.encoders.device or "cpu"
     if torch.cuda.is_available():  # the pipeline is no longer used
         gc.collect()
         torch.cuda.empty_cache()
-    return plan.make.device or own_device() or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device_of(plan.make) or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _write_report(plan: Plan, evaluation: Evaluation, metrics: Sequence[Metric]) -> list[Path]:

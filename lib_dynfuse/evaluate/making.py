@@ -59,6 +59,8 @@ def make_pictures(
 ) -> list[str]:
     """Until all of the plan's pictures are there, whoever made them. Returns the notes of those that were made here.
 
+    That a maker has gone is told on standard error when it happens.
+
     makers: each is called in a thread of its own (a single one in this one). show: a progress bar. poll: seconds between looks at what
     other processes do. Raises EvaluationError when the last maker has gone or the disk is full, and whatever else a maker raises; what is
     finished stays.
@@ -81,8 +83,6 @@ def make_pictures(
         if left:
             told = " ".join(dict.fromkeys(reasons))
             raise EvaluationError(f"{told} {left} of {len(jobs)} pictures are missing: start the command again to go on.")
-        for reason in reasons:
-            notes[reason] = None
     return list(notes)
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lib_dynfuse import cli
-from lib_dynfuse.evaluate.makers.with_diffusers import own_device
+from lib_dynfuse.evaluate.makers.with_diffusers import device_of, own_device
 from lib_dynfuse.evaluate.makers.with_webui import WebUIMaker
 from lib_dynfuse.evaluate.metrics import EncoderNames, Metric, Shelf, known_metrics
-from lib_dynfuse.evaluate.plan import read_plan
+from lib_dynfuse.evaluate.plan import Making, read_plan
 from tests.evaluate.plans import PLAN, evaluation_in, noise, write_files, write_lora
 from tests.evaluate.test_webui_maker import WebUI, serving
 
@@ -84,6 +84,8 @@ def test_each_process_of_a_launcher_has_its_gpu(monkeypatch, rank, count, device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     assert own_device() == device
+    assert device_of(Making(1, (0,), device="cuda")) == (device or "cuda")
+    assert device_of(Making(1, (0,), device="cpu")) == "cpu"
 
 
 def test_an_evaluation_through_a_webui_from_the_plan_to_the_report(tmp_path, capsys, monkeypatch):

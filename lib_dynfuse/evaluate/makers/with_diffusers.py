@@ -45,7 +45,7 @@ class DiffusersMaker:
 
         assert make.model is not None
         self._making = make
-        device = make.device or own_device()
+        device = device_of(make)
         dtype: torch.dtype | None = getattr(torch, make.dtype) if make.dtype else None
         self._pipeline = load_pipeline(make.model, device=device, dtype=dtype, config=make.config)
         self.name = f"{make.model.name} on {self._pipeline.device}"
@@ -120,6 +120,11 @@ def own_device() -> str | None:
     return None
 
 
+def device_of(make: Making) -> str | None:
+    """The plan's device; "cuda" without a number is this process's own. None for the best there is."""
+    return (own_device() or make.device) if make.device in (None, "cuda") else make.device
+
+
 def _scheduler(name: str, own: Any) -> Any:
     import diffusers
 
@@ -130,4 +135,4 @@ def _scheduler(name: str, own: Any) -> Any:
     return found.from_config(own.config)
 
 
-__all__ = ["DiffusersMaker", "own_device"]
+__all__ = ["DiffusersMaker", "device_of", "own_device"]
