@@ -129,6 +129,10 @@ def _created(file: Path, token: str) -> bool:
         return False
     try:
         os.write(handle, content)
+    except OSError:  # a full disk: nobody is to wait for an owner that the file does not name
+        with contextlib.suppress(OSError):
+            file.unlink()
+        raise
     finally:
         os.close(handle)
     return True

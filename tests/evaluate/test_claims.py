@@ -9,6 +9,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import pytest
+
 from lib_dynfuse.evaluate.claims import Claims
 
 NOBODY = 2**22 + 1
@@ -87,3 +89,15 @@ def test_of_many_who_want_the_same_at_once_one_gets_it(tmp_path):
         processes = [stack.enter_context(Claims()) for _ in range(6)]
         taken = list(pool.map(take, processes))
     assert sorted(itertools.chain.from_iterable(taken)) == list(range(30))
+
+
+def test_a_full_disk_leaves_no_claim_behind(tmp_path, monkeypatch):
+    def full(handle, content):
+        raise OSError(28, "No space left on device")
+
+    with Claims() as claims:
+        monkeypatch.setattr("os.write", full)
+        with pytest.raises(OSError, match="No space"):
+            claims.take(tmp_path / "a.png")
+        monkeypatch.undo()
+        assert list(tmp_path.iterdir()) == []
