@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from lib_dynfuse.cli import main
 from lib_dynfuse.settings import FuseSettings, field_metadata, field_types, format_value
 
 ROOT = Path(__file__).parent.parent
@@ -90,3 +92,11 @@ def test_the_entry_for_the_extension_index() -> None:
     assert set(entry["tags"]) <= INDEX_TAGS - {"installed", "localization"}
     assert "online" not in entry["tags"]
     assert entry["description"].isascii()
+
+
+def test_the_readmes_command_has_all_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """But for the files, which are the reader's."""
+    monkeypatch.chdir(tmp_path)
+    (line,) = re.findall(r"^    python -m lib_dynfuse (generate .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert main(shlex.split(line)) != 0
+    assert "dog.safetensors cannot be read: there is no such file" in capsys.readouterr().err
