@@ -106,3 +106,22 @@ def renamed_tags(prompt: str, hashes: Mapping[str, str], rename: Callable[[str, 
         return tag.format_tag(FuseSettings(**{**settings.non_default(), **names}))
 
     return tag.replace_tags(prompt, replacement)
+
+
+def pasted_loras(entries: Mapping[str, Any], rename: Callable[[str, str | None], str]) -> list[str]:
+    """The LoRAs that an infotext's panel and tags name, each once, under the names they have here. rename: see known_name."""
+    asked: list[FuseSettings] = []
+    for items in (items for key in ("Prompt", "Hires prompt") for items in tag.find_tags(str(entries.get(key) or ""))):
+        try:
+            asked.append(tag.parse_tag(items))
+        except SettingsError:
+            continue
+    texts = [getattr(settings, name) for settings in asked for name in LORA_FIELDS]
+    if is_enabled(entries):
+        for name in LORA_FIELDS:
+            try:
+                texts.append(read_value(entries, name))
+            except SettingsError:
+                continue
+    hashes = read_hashes(entries)
+    return list(dict.fromkeys(rename(name, hashes.get(name)) for text in texts for name in split_names(text)))

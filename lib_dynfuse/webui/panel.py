@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..fusion.rules import RULES
 from ..hosts.webui.host import WebUIHost
+from ..printable import printable
 from ..settings import LORA_FIELDS, PRESET, PRESETS, SettingsError, default_value, field_metadata, field_types, preset_names, split_names
 from ..strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from ..text import infotext
@@ -318,7 +319,10 @@ def renaming(host: WebUIHost) -> Callable[[str, str | None], str]:
 
 
 def warn_about_paste(entries: Mapping[str, Any], host: WebUIHost) -> None:
-    """Show the user which pasted settings cannot be used here; they are replaced by their defaults."""
+    """Show the user which pasted LoRAs are not here, and which settings cannot be used; they are replaced by their defaults."""
+    for name in infotext.pasted_loras(entries, renaming(host)):
+        if host.catalogue.path(name) is None:
+            gr.Warning(f"DynFuse: there is no LoRA named {printable(name)!r} here")
     if not infotext.is_enabled(entries):
         return
     for name in field_types():

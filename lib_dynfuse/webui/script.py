@@ -104,34 +104,21 @@ class DynFuseScript(scripts.Script):
             self._batches = []
         off = host.off
         if off is None:
-            for name in ("all_prompts", "all_hr_prompts"):
-                if getattr(p, name, None):
-                    setattr(p, name, [tag.put_right(prompt) for prompt in getattr(p, name)])
+            _read_prompts(p)
             negative = [text for name in _NEGATIVE_PROMPTS for text in getattr(p, name, None) or []]
             if p.all_prompts:
                 p.all_prompts[0] = tag.misplaced(negative) + p.all_prompts[0]
-            if wanted := axes.asked(p):
-                for name in ("all_prompts", "all_hr_prompts"):
-                    if getattr(p, name, None):
-                        setattr(p, name, [axes.changed_tags(prompt, wanted) for prompt in getattr(p, name)])
         prompts = [*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or [])]
         tags = [items for prompt in prompts for items in tag.find_tags(prompt)]
         if off is not None:
             if tags or _is_switched_on(arguments):
                 _say(p, off)
             return
-        for key in [key for key in p.extra_generation_params if key == infotext.ENABLED or key.startswith(f"{infotext.ENABLED} ")]:
-            del p.extra_generation_params[key]
+        p.extra_generation_params.pop(infotext.NOTE, None)
         settings = _settings_or_none(p, arguments)
+        _tell(p, settings)
         if settings is None and not tags and _is_empty(arguments) and not axes.asked(p):
             _say(p, "no LoRA is chosen in the panel, so nothing was fused")
-        # A tag in a prompt goes before the panel, whose settings then made no image.
-        given = {} if settings is None else infotext.settings_fields(_repeatable(settings, p.all_seeds))
-        images = []
-        for texts in zip(p.all_prompts, getattr(p, "all_hr_prompts", None) or p.all_prompts):
-            own = given if any(not tag.find_tags(text) for text in texts) else {}
-            images.append({**own, **infotext.hash_field(_names(texts, settings), host.catalogue.hash)})
-        p.extra_generation_params.update(_by_image(images))
         if p.disable_extra_networks and (settings is not None or tags):
             _say(p, "extra networks are disabled for this job, so the LoRAs were not fused")
 
@@ -139,6 +126,9 @@ class DynFuseScript(scripts.Script):
     def before_process_batch(self, p: Any, *arguments: Any, prompts: list[str], **kwargs: Any) -> None:
         if not prompts or detect().off is not None:
             return
+        # Once more: other scripts' hooks, which write prompts (Dynamic Prompts), ran after ours.
+        _read_prompts(p)
+        prompts[:] = [_understood(p, prompt) for prompt in prompts]
         text = _tag_for(p, arguments)
         own = [tag.find_tags(prompt) for prompt in prompts]
         if any(own) and any(tags != own[0] for tags in own):
@@ -157,6 +147,8 @@ class DynFuseScript(scripts.Script):
         data = getattr(p, "hr_extra_network_data", None) if getattr(p, "enable_hr", False) else None
         if text and data is not None and EXTRA_NETWORK not in data:
             data[EXTRA_NETWORK] = [extra_networks.ExtraNetworkParams(items=items) for items in tag.find_tags(text)]
+        if detect().off is None:
+            _tell(p, _settings_or_none(p, arguments))  # of the prompts as they have become
 
     @_harmless
     def process_before_every_sampling(self, p: Any, *arguments: Any, **kwargs: Any) -> None:
@@ -242,6 +234,35 @@ def _infotext_pasted(text: str, entries: dict[str, Any]) -> None:
         if hashes and entries.get(key):
             entries[key] = infotext.renamed_tags(entries[key], hashes, panel.renaming(detect()))
     panel.warn_about_paste(entries, detect())
+
+
+def _understood(p: Any, prompt: str) -> str:
+    """The prompt with tags as the host reads them, which ask for what the axes of a plot say."""
+    wanted = axes.asked(p)
+    prompt = tag.put_right(prompt)
+    return axes.changed_tags(prompt, wanted) if wanted else prompt
+
+
+def _read_prompts(p: Any) -> None:
+    """Have all prompts of a job understood."""
+    for name in ("all_prompts", "all_hr_prompts"):
+        if getattr(p, name, None):
+            setattr(p, name, [_understood(p, prompt) for prompt in getattr(p, name)])
+
+
+def _tell(p: Any, settings: FuseSettings | None) -> None:
+    """Put into the infotext of each picture what makes it again, in place of what was there. settings: the panel's."""
+    given = [key for key in p.extra_generation_params if key == infotext.ENABLED or key.startswith(f"{infotext.ENABLED} ")]
+    for key in given:
+        if key != infotext.NOTE:
+            del p.extra_generation_params[key]
+    # A tag in a prompt goes before the panel, whose settings then made no image.
+    fields = {} if settings is None else infotext.settings_fields(_repeatable(settings, p.all_seeds))
+    images = []
+    for texts in zip(p.all_prompts, getattr(p, "all_hr_prompts", None) or p.all_prompts):
+        own = fields if any(not tag.find_tags(text) for text in texts) else {}
+        images.append({**own, **infotext.hash_field(_names(texts, settings), detect().catalogue.hash)})
+    p.extra_generation_params.update(_by_image(images))
 
 
 def _say(p: Any, note: str) -> None:

@@ -345,6 +345,21 @@ def test_pasting_an_impossible_value_gives_the_default_and_a_warning(paste, host
     assert "criterion must be one of" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        infotext.settings_fields(FuseSettings(subject="hund", style="gone")) | infotext.hash_field(["hund"], {"hund": "aa11"}.get),
+        {"Prompt": "a dog <dynfuse:dog:gone> <lora:other:1>"},
+        {"Prompt": "a dog", "Hires prompt": "a dog <dynfuse:gone:watercolor:2>"},
+    ],
+)
+def test_pasting_a_lora_that_is_not_here_warns_at_once(host, monkeypatch, entries):
+    warnings = []
+    monkeypatch.setattr(gr, "Warning", warnings.append)
+    panel.warn_about_paste(entries, host)
+    assert warnings == ["DynFuse: there is no LoRA named 'gone' here"]
+
+
 def pasted_picture(paste, entries, name="style_image"):
     update = paste(entries)[name]
     assert update["__type__"].endswith("update")

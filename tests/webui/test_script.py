@@ -157,6 +157,23 @@ def test_each_picture_has_the_hashes_of_its_own_loras(script):
     assert told == ["dog: aa11", None, "watercolor: bb22"]
 
 
+def test_prompts_that_another_script_writes_after_ours_are_read_as_well(script):
+    """Dynamic Prompts makes prompts of a template in its own `process`."""
+    job = Job("a {<dynfuse:dog:hund>|<dynfuse:watercolor:x>}")
+    script.process(job, *OFF)
+    job.all_prompts, job.all_seeds = ["a dog < DynFuse : dog:x >", "a cat <dynfuse:watercolor:x>"], [7, 8]
+    prompts = job.all_prompts[:1]
+    script.before_process_batch(job, *OFF, prompts=prompts, seeds=[7], subseeds=[1], batch_number=0)
+    assert prompts == ["a dog <dynfuse:dog:x>"]
+    script.process_batch(job, *OFF, prompts=prompts, seeds=[7], subseeds=[1], batch_number=0)
+    hashes = job.extra_generation_params["DynFuse LoRA hashes"]
+    assert [hashes(index=number) for number in range(2)] == ["dog: aa11", "watercolor: bb22"]
+    wrong = ["a dog <dynfus:dog:x>"]
+    script.before_process_batch(job, *OFF, prompts=wrong, seeds=[7], subseeds=[1], batch_number=0)
+    with pytest.raises(SettingsError, match="is no tag that is known"):
+        request(extra_network_data(wrong[0]))
+
+
 def test_an_inner_job_leaves_the_result_alone(script, host, script_module, monkeypatch):
     kept = []
     monkeypatch.setattr(script_module.results, "remember", lambda tab, job, batches: kept.append(len(batches)))
