@@ -35,7 +35,10 @@ def page(webui, host):
         made = panel.build("txt2img", host)
         box = gr.Textbox(elem_id="dynfuse_txt2img_box")
         result.wire(box, made.result, "txt2img", host, made.references, [made.fields["subject"], made.fields["style"]])
-    return made.result, *behind(demo, "box", "job", "picture", "view", "saving_button"), demo
+    # The box with the job has other listeners, too.
+    shown = next(function for function, _, outputs in wired(demo) if "dynfuse_txt2img_result_part" in outputs)
+    finished, *rest = behind(demo, "box", "picture", "view", "saving_button")
+    return made.result, finished, shown, *rest, demo
 
 
 INFORMATION = json.dumps({"job_timestamp": "1", "all_seeds": [7, 8]})
