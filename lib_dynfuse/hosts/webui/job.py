@@ -20,6 +20,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from ...fusion.rules import RULES
@@ -32,7 +33,7 @@ from .catalogue import Catalogue
 from .guided import memory_needed
 from .passes import FusionPass, Request
 from .record import FusionJob, current_pass
-from .requests import Requests, is_reference
+from .requests import TAG, Requests, is_reference
 from .roles import Roles
 from .seams import Wrapping, argument
 
@@ -68,6 +69,8 @@ class JobSeams:
         self._requests = requests
         self._active: FusionPass | None = None
         self._jobs: list[Any] = []  # under way, the innermost last: other extensions make jobs inside a job
+        # Begun inside a job and past our wrapper: where ControlNet is, ADetailer puts the function back that ControlNet found.
+        self._unseen: list[FusionJob] = []
         self._text_label: str | None = None
         self._text_parts_in = False  # or may be, after an error
 
@@ -133,18 +136,14 @@ class JobSeams:
 
     def _around_job(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         p = argument(args, kwargs, 0, "p")
-        outer = self._jobs[-1] if self._jobs and not is_reference(p) else None
+        inside = bool(self._jobs) and not is_reference(p)
         self._jobs.append(p)
         try:
             if FusionJob.of(p) is not None:
                 del p.dynfuse  # some scripts run the same processing object again and again
-            if outer is not None:
+            if inside:
                 _put_tags_right(p)
             result = original(*args, **kwargs)
-        except Exception as error:
-            if outer is not None and str(error).startswith("DynFuse"):
-                _note(outer, f"A job inside this one was stopped, and what it should have drawn is not there. {error}")
-            raise
         finally:
             try:
                 self._end_job(p)
@@ -160,6 +159,13 @@ class JobSeams:
             job = FusionJob.of(p)
             if job is not None:
                 job.end()
+            self._end_unseen()
+
+    def _end_unseen(self, but: FusionJob | None = None) -> None:
+        for job in self._unseen:
+            if job is not but:
+                job.end()
+        self._unseen = [job for job in self._unseen if job is but]
 
     def _tell(self, p: Any, result: Any) -> None:
         """Put the notes of a finished job where the user (text under the image) and API clients (its parameters) see them."""
@@ -178,22 +184,36 @@ class JobSeams:
     # extra_networks.activate
 
     def _around_activate(self, original: Callable[..., Any], p: Any, extra_network_data: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._asks(p, extra_network_data) or self._active is not None or self._text_parts_in:
+        data = self._read_again(p, extra_network_data or {})
+        if self._asks(p, data) or self._active is not None or self._text_parts_in:
             job = FusionJob.of(p)
             # Forge activates the tags again when the refiner takes over in the middle of a pass; A1111 does not.
             if job is None or job.current is None or not job.current.denoising:
-                self._begin_pass(p, extra_network_data or {})
+                self._begin_pass(p, data)
         return original(p, extra_network_data, *args, **kwargs)
+
+    def _is_unseen(self, p: Any) -> bool:
+        return bool(self._jobs) and all(p is not one for one in self._jobs)
+
+    def _read_again(self, p: Any, data: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
+        """The parsed tags of a pass; of an unseen job, whose prompts nobody has put right, those that were meant."""
+        if not self._is_unseen(p) or is_reference(p) or getattr(p, "is_hr_pass", False):
+            return data
+        tags = _tags(p)
+        return {**data, TAG: [SimpleNamespace(items=items) for items in tags]} if tags else data
 
     def _begin_pass(self, p: Any, data: Mapping[str, Sequence[Any]]) -> None:
         """Every activation replaces whatever was asked for before; nothing of it is left, even if its job died."""
         self.forget()
         known = FusionJob.of(p)
         job = known or FusionJob(p)
+        self._end_unseen(but=job)
         new = self._requests.requested(p, data, job, self._inherited(p))
         if known is None and new is None:
             return
         p.dynfuse = job
+        if self._is_unseen(p) and job not in self._unseen:
+            self._unseen.append(job)
         job.over = False
         job.begin(new)
         self._active = new
@@ -272,7 +292,13 @@ class JobSeams:
         current = current_pass(getattr(cfg_denoiser, "p", None))
         if current is None:
             return original(cfg_denoiser, *args, **kwargs)
-        return current.denoise(cfg_denoiser, functools.partial(original, cfg_denoiser), args, kwargs)
+        try:
+            return current.denoise(cfg_denoiser, functools.partial(original, cfg_denoiser), args, kwargs)
+        except RuntimeError as error:
+            outer = next((job for job in reversed(self._jobs) if job is not cfg_denoiser.p), None)
+            if outer is not None and not is_reference(cfg_denoiser.p) and str(error).startswith("DynFuse"):
+                _note(outer, f"A job inside this one was stopped, and what it should have drawn is not there. {error}")
+            raise
 
     def _around_refiner(self, original: Callable[..., Any], cfg_denoiser: Any, *args: Any, **kwargs: Any) -> Any:
         current = current_pass(getattr(cfg_denoiser, "p", None))
@@ -297,6 +323,15 @@ def _put_tags_right(p: Any) -> None:
     misplaced = tag.misplaced(one for text in negative for one in ([text] if isinstance(text, str) else text))
     if misplaced:
         change("prompt", lambda text: misplaced + text)
+
+
+def _tags(p: Any) -> list[list[str]]:
+    """The items of our tags in the first prompt of a job's batch, or one that says what is wrong: as _put_tags_right, but too late to
+    change the prompts.
+    """
+    first = getattr(p, "iteration", 0) * p.batch_size
+    prompts = p.all_prompts[first : first + 1] or p.all_prompts[:1]
+    return tag.find_tags(tag.misplaced(p.all_negative_prompts) + "".join(map(tag.put_right, prompts)))
 
 
 def _note(p: Any, sentence: str) -> None:

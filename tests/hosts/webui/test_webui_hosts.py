@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import types
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -223,11 +224,12 @@ class TestFusion:
         ],
     )
     @pytest.mark.parametrize("outer_prompt", ["a cat", f"a cat {TAG}"])
-    def test_a_mistake_in_the_prompts_of_a_job_inside_is_told_with_the_outer_picture(self, webui, outer_prompt, prompts, words):
+    @pytest.mark.parametrize("unseen", [False, True])
+    def test_a_mistake_in_the_prompts_of_a_job_inside_is_told_with_the_outer_picture(self, webui, outer_prompt, prompts, words, unseen):
         """ADetailer's prompts: DynFuse's script is not run for its jobs, and the WebUI prints what a hook raises and goes on."""
 
         def repaint(p, *args):
-            with pytest.raises(RuntimeError, match=words):
+            with unwrapped(webui) if unseen else nullcontext(), pytest.raises(RuntimeError, match=words):
                 webui.process(Processing(*prompts, seed=5))
 
         outer = webui.process(Processing(outer_prompt, callbacks={"postprocess_batch": repaint}))
@@ -235,6 +237,19 @@ class TestFusion:
         note = outer.p.extra_generation_params["DynFuse note"]
         assert words in (note() if callable(note) else note)
         assert close(outer.images, webui.run(outer_prompt))
+
+    def test_a_job_inside_that_begins_past_our_wrapper_has_the_fusion_and_leaves_nothing(self, webui):
+        """Beside ControlNet, ADetailer puts the function back that ControlNet found (controlnet_ext/restore.py)."""
+        made = []
+
+        def repaint(p, *args):
+            with unwrapped(webui):
+                made.extend(webui.process(Processing(prompt, seed=5)) for prompt in ("a face", "a nose"))
+
+        webui.process(Processing(f"a cat {TAG}", callbacks={"postprocess_batch": repaint}))
+        for job, prompt in zip(made, ("a face", "a nose")):
+            assert close(job.images, webui.run(f"{prompt} {TAG}", seed=5))
+            assert job.p.dynfuse.over
 
     def test_a_tag_of_a_job_inside_is_understood_in_any_case_and_with_spaces(self, webui):
         made = []
@@ -324,6 +339,17 @@ def rename_layers(unet):
     for name in ("input_blocks", "middle_block", "out"):
         child = unet._modules.pop(name)
         object.__setattr__(unet, name, child)
+
+
+@contextmanager
+def unwrapped(webui):
+    """The WebUI's function that runs a job, without our wrapper."""
+    processing = webui.modules["modules.processing"]
+    ours, processing.process_images_inner = processing.process_images_inner, webui.process_images_inner
+    try:
+        yield
+    finally:
+        processing.process_images_inner = ours
 
 
 def run_with_refiner(webui, prompt, base, refiner):
