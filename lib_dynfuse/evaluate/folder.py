@@ -59,7 +59,8 @@ class Pair:
 class Method:
     """What is compared.
 
-    loras: "both", or "subject", "style", "none": which of them are used. settings: of the fusion, those that differ from the defaults.
+    loras: "both", or "subject", "style", "none": which of them are used; "merged": one file of both. settings: of the fusion, those that
+    differ from the defaults.
     """
 
     name: str

@@ -32,7 +32,7 @@ _SHOWN_EVERY = 1.0  # seconds
 def jobs_of(plan: Plan) -> list[Job]:
     """All pictures of a plan. Pair by pair and method by method: what a fusion prepares serves all prompts and seeds."""
     return [
-        Job(Picture(pair.name, method.name, prompt, seed), pair, method.loras, settings)
+        Job(Picture(pair.name, method.name, prompt, seed), method.of(pair), method.loras, settings)
         for pair in plan.pairs
         for method in plan.methods
         for settings in [method.settings_for(pair)]

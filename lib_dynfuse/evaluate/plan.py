@@ -10,7 +10,7 @@ import itertools
 import random
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ else:
 LORA_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WHICH_LORAS = ("both", "subject", "style", "none")
+MERGED = "merged"
+"""Which LoRAs a method uses that has one file for each pair."""
 SIDES = ("subject", "style")
 _TABLES = ("make", "subjects", "styles", "methods", "encoders")
 _TOP = ("title", "base", "out", "pairs", "prompts", "metrics", *_TABLES)
@@ -80,11 +82,21 @@ class PlannedPair:
 
 @dataclass(frozen=True)
 class PlannedMethod:
-    """loras: one of WHICH_LORAS. values: keys of FuseSettings, and "preset"."""
+    """loras: one of WHICH_LORAS, or MERGED. values: keys of FuseSettings, and "preset". files: a merged file's path, in which {subject} and
+    {style} stand for the pair's.
+    """
 
     name: str
     loras: str
     values: Mapping[str, Any]
+    files: str = ""
+
+    def of(self, pair: PlannedPair) -> PlannedPair:
+        """The pair with the LoRAs that this method uses in the subject's place: a merged file instead of the subject's own."""
+        if not self.files:
+            return pair
+        path = self.files.replace("{subject}", pair.subject.name).replace("{style}", pair.style.name)
+        return replace(pair, subject=replace(pair.subject, loras=(Path(path),), weight=1.0))
 
     @property
     def settings(self) -> FuseSettings:
@@ -93,6 +105,7 @@ class PlannedMethod:
 
     def settings_for(self, pair: PlannedPair) -> FuseSettings:
         """With a pair's LoRAs, their weights unless the method has its own, and their references' prompts. Raises SettingsError."""
+        pair = self.of(pair)
         own = {"subject": list(pair.subject.lora_names), "style": list(pair.style.lora_names)}
         own |= {"subject_weight": pair.subject.weight, "style_weight": pair.style.weight}  # type: ignore[dict-item]
         own |= {"subject_prompt": pair.subject.alone, "style_prompt": pair.style.alone}  # type: ignore[dict-item]
@@ -101,7 +114,8 @@ class PlannedMethod:
     def _values(self, own: Mapping[str, Any]) -> dict[str, Any]:
         # What one LoRA alone makes, without the contrast and the choices that the default method has.
         alone = {} if self.loras == "both" or {"method", PRESET} & self.values.keys() else {"method": "direct"}
-        unused = {f"{side}_weight": 0.0 for side in SIDES if self.loras not in ("both", side)}
+        used = {"both": SIDES, MERGED: ("subject",)}.get(self.loras, (self.loras,))
+        unused = {f"{side}_weight": 0.0 for side in SIDES if side not in used}
         return {**own, **alone, **self.values, **unused}
 
 
@@ -231,6 +245,9 @@ def _resolve(content: dict[str, Any], folder: Path) -> None:
             for key in ("lora", "references"):
                 if isinstance(side, dict) and key in side:
                     side[key] = [at(value) for value in side[key]] if isinstance(side[key], list) else at(side[key])
+    for method in content.get("methods", {}).values():
+        if isinstance(method, dict) and MERGED in method:
+            method[MERGED] = at(method[MERGED])
     for key, value in (encoders := content.get("encoders", {})).items():
         if isinstance(value, str) and (key == "folder" or (folder / Path(value).expanduser()).exists()):
             encoders[key] = at(value)
@@ -275,6 +292,7 @@ class _Reading:
         for pair, method in itertools.product(pairs, methods):
             if method is not None and pair.subject.loras and pair.style.loras:
                 self._settings(pair, method)
+                self._merged_file(pair, method, by_webui)
         metrics = self._metrics(content.get("metrics", []), pairs)
         encoders = self._encoders(content.get("encoders", {}))
         where = out or (Path(content["out"]) if self._is_text(content, "out", "") else Path("out/evaluation"))
@@ -432,9 +450,16 @@ class _Reading:
             return None
         if not is_name(name):
             self.problems.append(f"{where}the name cannot be a folder's everywhere: use letters, digits, spaces and -+=.,().")
-        values = {key: value for key, value in table.items() if key != "loras"}
-        which = table.get("loras", "both")
-        if which not in WHICH_LORAS:
+        values = {key: value for key, value in table.items() if key not in ("loras", MERGED)}
+        which, files = table.get("loras", "both"), ""
+        if MERGED in table:
+            which, files = MERGED, table[MERGED]
+            if not isinstance(files, str) or not all(place in files for place in ("{subject}", "{style}")) or "loras" in table:
+                self.problems.append(
+                    f"{where}merged must be a file's name with {{subject}} and {{style}} in it, without loras, not {shown(files)}."
+                )
+                files = ""
+        elif which not in WHICH_LORAS:
             self.problems.append(f"{where}loras must be one of {', '.join(WHICH_LORAS)}, not {shown(which)}.")
             which = "both"
         for key in LORA_FIELDS:
@@ -443,7 +468,7 @@ class _Reading:
         for key in ("subject_image", "style_image"):
             if values.pop(key, None) is not None:
                 self.problems.append(f"{where}{key} cannot be set in a plan: the guidance makes its references.")
-        method = PlannedMethod(name, which, values)
+        method = PlannedMethod(name, which, values, files)
         try:
             method.settings  # noqa: B018
         except SettingsError as error:
@@ -456,6 +481,10 @@ class _Reading:
             method.settings_for(pair)
         except SettingsError as error:
             self.problems.append(f"methods.{method.name}, {pair.name}: {error}.")
+
+    def _merged_file(self, pair: PlannedPair, method: PlannedMethod, by_webui: bool) -> None:
+        if method.files and not by_webui and (reason := _no_lora(method.of(pair).subject.loras[0])):
+            self.problems.append(f"methods.{method.name}, {pair.name}: {reason}.")
 
     def _metrics(self, value: Any, pairs: Sequence[PlannedPair]) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -521,4 +550,4 @@ def _no_picture(path: Path) -> str:
     return ""
 
 
-__all__ = ["EncoderNames", "Making", "Plan", "PlannedMethod", "PlannedPair", "Side", "read_plan"]
+__all__ = ["MERGED", "EncoderNames", "Making", "Plan", "PlannedMethod", "PlannedPair", "Side", "read_plan"]

@@ -7,6 +7,7 @@ folder knows is refused.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -61,6 +62,7 @@ def _joined(plan: Plan, there: Evaluation | None) -> Evaluation:
             problems.append(f"make: {key} is {value!r} here and {known[key]!r} there.")
     make["model file"] = _file(plan.make.model, known.get("model file"), _checksum, problems)
     make["sides"] = _sides(plan, known.get("sides", {}), problems)
+    make["merged files"] = _merged(plan, known.get("merged files", {}), problems)
     pairs = {pair.name: pair for pair in there.pairs} if there else {}
     for planned in plan.pairs:
         pair = _pair(plan.out, planned, problems)
@@ -112,6 +114,16 @@ def _sides(plan: Plan, known: Mapping[str, Any], problems: list[str]) -> dict[st
         own["files"] = [] if plan.make.webuis else [_file(path, was, lora_hash, problems) for path, was in zip(side.loras, files)]
         sides[name] = own
     return sides
+
+
+def _merged(plan: Plan, known: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Of each method with a file for each pair, that file."""
+    files = dict(known)
+    for method, pair in itertools.product(plan.methods, plan.pairs):
+        if method.files and not plan.make.webuis:
+            name = f"{method.name}, {pair.name}"
+            files[name] = _file(method.of(pair).subject.loras[0], known.get(name), lora_hash, problems)
+    return files
 
 
 def _file(

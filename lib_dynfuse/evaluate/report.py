@@ -308,7 +308,7 @@ def _image(file: str, alternative: str) -> str:
 
 def _repeat(report: Report) -> str:
     make = dict(report.evaluation.make)
-    sides = make.pop("sides", {})
+    sides, merged = make.pop("sides", {}), make.pop("merged files", {})
     model_file = make.pop("model file", None) or {}
     facts = {**{key: value for key, value in make.items() if value not in (None, "")}, "model hash": model_file.get("hash", "")}
     loras = [
@@ -317,7 +317,7 @@ def _repeat(report: Report) -> str:
             *(" + ".join(side["loras"]), str(side["weight"]), " + ".join(file["hash"] for file in side["files"] if file) or "unknown here"),
         )
         for name, side in sides.items()
-    ]
+    ] + [(name, file["name"], "1.0", file["hash"]) for name, file in merged.items() if file]
     methods = [
         (method.name, method.loras, ", ".join(f"{key}={format_value(value)}" for key, value in method.settings.items()) or "defaults")
         for method in report.evaluation.methods

@@ -14,19 +14,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .folder import RECORD, VOTES, Evaluation, EvaluationError, Pair, Trial
+from .plan import MERGED
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NUMBERS = re.compile(r"(?:(\d{1,9})-)?(\d{1,18})")
 
 
 def open_trials(folder: Path) -> tuple[list[Trial], tuple[str, ...]]:
-    """All trials of a folder, and the methods that it compares: those with both LoRAs. Raises EvaluationError where there is none."""
+    """All trials of a folder, and the methods that it compares: those with both LoRAs, or one file of both.
+
+    Raises EvaluationError where there is none.
+    """
     if not folder.is_dir():
         raise EvaluationError(f"There is no folder {folder}.")
     if (folder / RECORD).exists():
         evaluation = Evaluation.open(folder)
         trials = evaluation.trials()
-        methods = tuple(method.name for method in evaluation.methods if method.loras == "both")
+        methods = tuple(method.name for method in evaluation.methods if method.loras in ("both", MERGED))
     else:
         trials = _plain(folder)
         methods = tuple(sorted({method for trial in trials for method in trial.pictures}))

@@ -45,6 +45,27 @@ def test_what_one_lora_makes_alone_is_the_plain_sum_with_the_other_at_nothing(tm
     assert (settings.method, settings.subject_weight, settings.style_weight) == ("direct", *weights)
 
 
+MERGED = '[methods.zip]\nmerged = "zip/{subject}-{style}.safetensors"\n'
+
+
+def test_a_method_may_have_one_file_of_both_for_each_pair(tmp_path):
+    (tmp_path / "zip").mkdir()
+    write_lora(tmp_path / "zip" / "dog-ink.safetensors")
+    plan = plan_in(tmp_path, PLAN.replace('lora = "dog.safetensors"', 'lora = "dog.safetensors"\nweight = 0.7') + MERGED)
+    method = plan.methods[-1]
+    assert method.of(plan.pairs[0]).subject.loras == (tmp_path / "zip" / "dog-ink.safetensors",)
+    settings = method.settings_for(plan.pairs[0])
+    assert (settings.subject, settings.subject_weight, settings.style_weight, settings.method) == ("dog-ink", 1.0, 0.0, "direct")
+    own = plan.methods[0]
+    assert own.of(plan.pairs[0]) is plan.pairs[0]
+
+
+def test_a_merged_file_that_is_missing_or_not_one_for_each_pair_is_told(tmp_path):
+    assert any("methods.zip, dog+ink" in line and "no LoRA file" in line for line in refused(tmp_path, PLAN + MERGED))
+    told = refused(tmp_path, PLAN + MERGED.replace("{subject}-{style}", "one"))
+    assert any("{subject}" in line for line in told)
+
+
 def test_everything_that_is_wrong_is_told_at_once(tmp_path):
     text = PLAN.replace("steps = 4", 'steps = 0\nsamplr = "DDIM"\nsize = "100x100"').replace("seeds = [1, 2]", "seeds = [1, 1]")
     text = text.replace('"dog.safetensors"', '"missing.safetensors"').replace("references/ink.png", "references/none.png")

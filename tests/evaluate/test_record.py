@@ -54,6 +54,17 @@ def test_what_contradicts_the_folder_is_refused(tmp_path, old, new, piece):
     assert Evaluation.open(tmp_path / "out") == before
 
 
+def test_a_merged_file_that_has_changed_under_its_name_is_refused(tmp_path):
+    zipped = tmp_path / "dog-ink.safetensors"
+    write_lora(zipped)
+    text = PLAN + '[methods.zip]\nmerged = "{subject}-{style}.safetensors"\n'
+    record(tmp_path, text)
+    record(tmp_path, text)
+    write_lora(zipped, 2.0)
+    with pytest.raises(EvaluationError, match=r"dog-ink\.safetensors is not the one"):
+        record(tmp_path, text)
+
+
 def test_a_lora_file_that_has_changed_under_its_name_is_refused_and_one_that_was_copied_is_not(tmp_path):
     record(tmp_path)
     content = (tmp_path / "dog.safetensors").read_bytes()

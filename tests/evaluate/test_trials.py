@@ -32,15 +32,16 @@ def test_a_plain_folders_pictures_of_one_name_are_one_trial(tmp_path):
     assert [path.name for path in trials[0].pair.subject_references] == ["subject-1.png", "subject-2.webp"]
 
 
-def test_of_an_evaluation_the_methods_with_both_loras_are_compared(tmp_path):
-    methods = Method("sum", settings={"method": "direct"}), Method("subject only", "subject"), Method("balanced"), Method("never made")
+def test_of_an_evaluation_the_methods_with_both_loras_or_one_file_of_both_are_compared(tmp_path):
+    named = Method("sum", settings={"method": "direct"}), Method("subject only", "subject"), Method("balanced"), Method("zip", "merged")
+    methods = (*named, Method("never made"))
     evaluation = Evaluation(tmp_path, "", (Pair("p", "a", "b", ("a dog",)),), methods, (1,))
     evaluation.save()
-    for name in ("sum", "subject only", "balanced"):
+    for name in ("sum", "subject only", "balanced", "zip"):
         write_whole(evaluation.path(Picture("p", name, 0, 1)), b"a picture")
     trials, compared = open_trials(tmp_path)
-    assert compared == ("sum", "balanced")
-    assert sorted(trials[0].pictures) == ["balanced", "subject only", "sum"]
+    assert compared == ("sum", "balanced", "zip")
+    assert sorted(trials[0].pictures) == ["balanced", "subject only", "sum", "zip"]
 
 
 def test_what_cannot_be_compared_is_said_in_a_sentence(tmp_path):

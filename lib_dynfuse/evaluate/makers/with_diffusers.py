@@ -63,7 +63,7 @@ class DiffusersMaker:
         found = []
         for what, pair, method in tried:
             try:
-                self._new_fused(pair, method.settings_for(pair))
+                self._new_fused(method.of(pair), method.settings_for(pair))
             except (LoraError, FusionError, SettingsError) as error:
                 found.append(f"{what}: {error}")
         return found

@@ -37,7 +37,8 @@ class WebUIMaker:
 
     def problems(self, plan: Plan) -> list[str]:
         """What the WebUI lacks of the plan, a sentence each. Raises MakerGoneError where it does not answer."""
-        names = [name for pair in plan.pairs for side in (pair.subject, pair.style) for name in side.lora_names]
+        used = [method.of(pair) for pair in plan.pairs for method in plan.methods]
+        names = [name for pair in used for side in (pair.subject, pair.style) for name in side.lora_names]
         known = {text for lora in self._get("loras") for text in (lora.get("name"), lora.get("alias"))}
         found = [f"{self.name} has no LoRA {name}." for name in dict.fromkeys(names) if name not in known]
         if "dynfuse" not in self._get("scripts").get("txt2img", ()):
