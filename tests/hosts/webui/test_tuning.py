@@ -38,28 +38,38 @@ def cosine(one, other):
     return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
 
 
-def test_the_best_of_the_small_pictures_is_what_the_picture_is_made_with(guided, monkeypatch):
-    webui = guided
-    monkeypatch.setattr("lib_dynfuse.tuning.search.MARGIN", 0.0)
-    images, done = job(webui, f"a cat {TAG}", seed=3)
-    assert webui.jobs == 1 + 2 + COUNT
+def expected_totals(webui, seed):
+    """Of every candidate's picture, by the formula in float64."""
     encoders = load_encoders(webui.host.storage.encoder_sources())
-    alone = [webui.picture(webui.run(f"a cat <dynfuse:dog:watercolor:{weights}:method=direct>", seed=3)[0]) for weights in ("1:0", "0:1")]
-    subject, style = (encoders.embed_picture(picture) for picture in alone)
+
+    def embedded(settings):
+        return encoders.embed_picture(webui.picture(webui.run(f"a cat {settings}", seed=seed)[0]))
+
+    subject, style = (embedded(f"<dynfuse:dog:watercolor:{weights}:method=direct>") for weights in ("1:0", "0:1"))
     totals = []
     for tried in candidates(ASKED):
-        latents = webui.run(f"a cat {format_tag(FuseSettings(subject='dog', style='watercolor', **tried))}", seed=3)
-        picture = encoders.embed_picture(webui.picture(latents[0]))
+        picture = embedded(format_tag(FuseSettings(subject="dog", style="watercolor", **tried)))
         places = []
         for own, other, networks in ((subject, style, ("clip",)), (style, subject, ("clip", "dino"))):
             near, far = (np.mean([cosine(getattr(x, n), getattr(own, n)) for n in networks]) for x in (picture, other))
             places.append(min(1.0, max(0.0, (near - far) / (1 - far))))
         totals.append(2 * places[0] * places[1] / sum(places) if sum(places) else 0.0)
-    assert [tried.score.total for tried in done.tuned.tried] == pytest.approx(totals, abs=1e-5)
-    assert len({round(total, 4) for total in totals}) > 2
+    return totals
+
+
+def test_the_best_of_the_small_pictures_is_what_the_picture_is_made_with(guided, monkeypatch):
+    webui = guided
+    monkeypatch.setattr("lib_dynfuse.tuning.search.MARGIN", 0.0)
+    # The encoders' weights are random, and others under another PyTorch: a noise on which they tell the candidates apart.
+    tried = ((seed, expected_totals(webui, seed)) for seed in range(3, 40))
+    seed, totals = next((seed, own) for seed, own in tried if len({round(total, 4) for total in own}) > 2)
+    before = webui.jobs
+    images, done = job(webui, f"a cat {TAG}", seed=seed)
+    assert webui.jobs == before + 1 + 2 + COUNT
+    assert [one.score.total for one in done.tuned.tried] == pytest.approx(totals, abs=1e-5)
     best = candidates(ASKED)[int(np.argmax(totals))]
     assert done.settings == FuseSettings(subject="dog", style="watercolor", **best)
-    assert torch.equal(images, webui.run(f"a cat {format_tag(done.settings)}", seed=3))
+    assert torch.equal(images, webui.run(f"a cat {format_tag(done.settings)}", seed=seed))
 
 
 @ONE_HOST
