@@ -54,7 +54,7 @@ class PatchedLayer(ABC):
         return self._own_forward(*args, **kwargs)
 
 
-def is_watched(model: nn.Module) -> bool:
+def hooked_by_others(model: nn.Module) -> bool:
     """Whether somebody has hooks or a forward of their own on the model, or on a part of it: they may count on calls that have the rows
     that the host gives them. To be asked while nothing of ours is attached.
     """
@@ -66,4 +66,4 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-__all__ = ["PatchedLayer", "argument", "is_watched"]
+__all__ = ["PatchedLayer", "argument", "hooked_by_others"]

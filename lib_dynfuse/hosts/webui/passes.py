@@ -17,7 +17,7 @@ from torch import nn
 from ...fusion import FusionError, FusionSession, Report, Step, Trace
 from ...fusion.batches import Adjust, ModelCall
 from ...fusion.calibration import Correlations, SeenEnough
-from ...fusion.patching import is_watched
+from ...fusion.patching import hooked_by_others
 from ...lora import LoraFile
 from ...settings import FuseSettings
 from ...tuning.search import Tuned
@@ -315,11 +315,11 @@ def fused_calls(
     """
     own = model.__dict__.get("forward")  # another extension's
     original = model.forward
-    watched = session.contrasts and is_watched(model)
+    hooked = session.contrasts and hooked_by_others(model)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["x"]
-        call = ModelCall(original, args, kwargs, x.shape[0], _never if watched else adjust)
+        call = ModelCall(original, args, kwargs, x.shape[0], _never if hooked else adjust)
         return call.of(session.predict(call, rows_of(x, kwargs), scale()))
 
     model.__dict__["forward"] = forward
