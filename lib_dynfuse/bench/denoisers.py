@@ -115,7 +115,16 @@ def default_size(model: str) -> int:
 
 
 def build(model: str, size: int, device: torch.device, dtype: torch.dtype) -> Denoiser:
-    """Raises NoDenoiser for a miniature world that is not there, ModuleNotFoundError without diffusers."""
+    """Raises NoDenoiser without diffusers, and for a miniature world that is not there."""
+    try:
+        return _built(model, size, device, dtype)
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise NoDenoiser("The benchmark builds its U-Net with diffusers, which is not installed here: pip install diffusers") from None
+
+
+def _built(model: str, size: int, device: torch.device, dtype: torch.dtype) -> Denoiser:
     if model == WORLD:
         unet = _world().load_pipeline().unet.to(device, dtype).eval().requires_grad_(False)
     else:

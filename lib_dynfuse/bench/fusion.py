@@ -60,11 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
     except NoDenoiser as error:
         print(error, file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        if error.name != "diffusers":
-            raise
-        print("The benchmark builds its U-Net with diffusers, which is not installed here: pip install diffusers", file=sys.stderr)
-        return 2
     print(json.dumps(result, indent=2) if arguments.json else _text(result))
     return 0
 

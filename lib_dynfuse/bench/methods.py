@@ -49,11 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     except NoDenoiser as error:
         print(error, file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        if error.name != "diffusers":
-            raise
-        print("The benchmark builds its U-Net with diffusers, which is not installed here: pip install diffusers", file=sys.stderr)
-        return 2
     rounds = arguments.rounds or (_ROUNDS_OF_THE_WORLD if model == WORLD else _ROUNDS)
 
     def progress(text: str) -> None:
