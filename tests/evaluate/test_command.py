@@ -51,12 +51,14 @@ def test_the_documented_plan_can_be_read(tmp_path):
     (tmp_path / "photos/dog").mkdir(parents=True)
     for name in ("photos/dog/1.jpg", "ink.jpg"):
         noise(1).save(tmp_path / name)
-    write_lora(tmp_path / "cat.safetensors")
+    (tmp_path / "zip").mkdir()
+    for name in ("cat", "zip/cat-ink", "zip/dog-ink"):
+        write_lora(tmp_path / f"{name}.safetensors")
     (tmp_path / "pairs.toml").write_text('[subjects.cat]\nlora = "cat.safetensors"\nreferences = ["ink.jpg"]\n')
     (tmp_path / "plan.toml").write_text(text, "utf-8")
     plan = read_plan(tmp_path / "plan.toml")
     assert [pair.name for pair in plan.pairs] == ["cat+ink", "dog+ink"]
-    assert [method.name for method in plan.methods] == ["direct", "gentle", "subject only"]
+    assert [method.name for method in plan.methods] == ["direct", "gentle", "subject only", "ziplora"]
     assert set(plan.metrics) <= set(known_metrics())
 
 
