@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .model import WEIGHTS
+from lib_dynfuse.program import program
 
-PROGRAM = "python -m lib_dynfuse toy"
+from .model import WEIGHTS
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,7 +19,9 @@ def main(arguments: Sequence[str]) -> int:
         from . import benchmark
 
         return benchmark.main(arguments[1:])
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="A small text-to-image model of our own, to try and to measure fusion with.")
+    parser = argparse.ArgumentParser(
+        prog=f"{program()} toy", description="A small text-to-image model of our own, to try and to measure fusion with."
+    )
     commands = parser.add_subparsers(required=True, metavar="train | check | export | plan | bench")
     _add_train(commands)
     check = commands.add_parser("check", help="what the model can do before anything is fused with it: two minutes")

@@ -15,6 +15,7 @@ from PIL import Image
 from lib_dynfuse.evaluate.atomic import write_whole
 from lib_dynfuse.evaluate.folder import EvaluationError, Pair
 from lib_dynfuse.evaluate.metrics import Metric, Shelf
+from lib_dynfuse.program import program
 
 from .benchmark.protocol import CFG_SCALE, REFERENCE_SEED, REPORTED, STEPS
 from .benchmark.protocol import Pair as WorldPair
@@ -107,7 +108,7 @@ def write_plan(
 def run(folder: Path) -> int:
     """Write the plan, and say what to do next. Returns the exit code. Raises as write_plan does."""
     path = write_plan(folder)
-    print(f"Wrote {path}. Try it: python -m lib_dynfuse evaluate {path}")
+    print(f"Wrote {path}. Try it: {program()} evaluate {path}")
     return 0
 
 

@@ -28,6 +28,7 @@ from .guidance.references import ReferenceCache
 from .guidance.weights import CLIP_DEFAULT, DINO_DEFAULT, EncoderError, EncoderSources
 from .home import VARIABLE, encoders_folder, references_folder
 from .lora import LoraError
+from .program import program
 from .settings import (
     LORA_FIELDS,
     PRESET,
@@ -44,7 +45,6 @@ from .settings import (
 from .strength import BLOCKS_EXAMPLE, SCHEDULE_EXAMPLE
 from .version import VERSION
 
-PROGRAM = "python -m lib_dynfuse"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MERGE_METHOD = "direct"
 NOT_MERGED = (
@@ -116,7 +116,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=PROGRAM, description="Fuse a subject LoRA and a style LoRA while an image is made.", allow_abbrev=False)
+    parser = _Parser(prog=program(), description="Fuse a subject LoRA and a style LoRA while an image is made.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"DynFuse {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands)

@@ -58,7 +58,8 @@ def test_the_table_says_default_and_choices(name: str) -> None:
     if metadata["choices"]:
         assert {choice.strip() for choice in values.split(",")} == set(metadata["choices"])
     if metadata["minimum"] is not None:
-        assert format_value(float(metadata["minimum"])) in re.split(r"[^\d.\-]+", values)
+        least, most = (None if bound is None else format_value(float(bound)) for bound in (metadata["minimum"], metadata["maximum"]))
+        assert values == (f"from {least}" if most is None else f"{least} to {most}")
     assert meaning
 
 
@@ -86,17 +87,23 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 
 def test_the_entry_for_the_extension_index() -> None:
-    entry = json.loads((ROOT / "docs/extension-index/dynfuse.json").read_text(encoding="utf-8"))
-    assert set(entry) == {"name", "url", "description", "tags"}  # the date is added by the index itself
-    assert re.fullmatch(r"https://[^ ]+\.git", entry["url"])
-    assert set(entry["tags"]) <= INDEX_TAGS - {"installed", "localization"}
-    assert "online" not in entry["tags"]
+    (path,) = (ROOT / "docs/extension-index").iterdir()
+    assert path.suffix == ".json"
+    entry = json.loads(path.read_text(encoding="utf-8"))
+    assert list(entry) == ["name", "url", "description", "tags"]  # the date is added by the index itself
+    assert entry["name"] == "DynFuse"
+    assert re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+\.git", entry["url"])
+    assert entry["description"].strip()
     assert entry["description"].isascii()
+    assert entry["tags"]
+    assert len(entry["tags"]) == len(set(entry["tags"]))
+    # For translations; set by the WebUI; for advertisements; for what connects in regular use beyond a download of assets.
+    assert set(entry["tags"]) <= INDEX_TAGS - {"localization", "installed", "ads", "online"}
 
 
 def test_the_readmes_command_has_all_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """But for the files, which are the reader's."""
     monkeypatch.chdir(tmp_path)
-    (line,) = re.findall(r"^    python -m lib_dynfuse (generate .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    (line,) = re.findall(r"^    dynfuse (generate .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert main(shlex.split(line)) != 0
     assert "dog.safetensors cannot be read: there is no such file" in capsys.readouterr().err

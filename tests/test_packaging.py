@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,17 @@ def test_the_program_tells_its_version(capsys):
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"DynFuse {VERSION}\n"
+
+
+@pytest.mark.parametrize(
+    ("started", "called"), [("/home/me/venv/bin/dynfuse", "dynfuse"), ("/copy/lib_dynfuse/__main__.py", "python -m lib_dynfuse")]
+)
+@pytest.mark.parametrize("command", [[], ["merge"], ["bench"], ["toy"]])
+def test_the_program_is_called_as_it_was_started(started, called, command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [started, *command, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.startswith(f"usage: {' '.join([called, *command])} ")
 
 
 def test_the_version_stands_in_one_place():

@@ -19,6 +19,7 @@ import torch
 
 from lib_dynfuse.bench.denoisers import processor
 from lib_dynfuse.evaluate.statistics import RESAMPLES
+from lib_dynfuse.program import program
 
 from ..model import WEIGHTS
 from .making import shipped_judge
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lib_dynfuse toy bench",
+        prog=f"{program()} toy bench",
         description="Which fusion is better, in the miniature world: pictures of 16 pairs of LoRAs, made by each method on the same noise, "
         "and judged by networks that no method has seen. Settings are tried on 4 of the pairs, methods are compared on the 12 others. "
         "All of it takes a quarter of an hour on two processors.",

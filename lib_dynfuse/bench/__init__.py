@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..program import program
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark from the command line; returns the exit code."""
@@ -12,9 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run = {"fusion": fusion.run, "methods": methods.run, "guidance": guidance.run}
 
-    parser = argparse.ArgumentParser(prog="python -m lib_dynfuse bench", description="Measure what DynFuse costs on this machine.")
+    parser = argparse.ArgumentParser(prog=f"{program()} bench", description="Measure what DynFuse costs on this machine.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    fusion.add_arguments(benchmarks.add_parser("fusion", help="feature-level selection against a plain and a literally fused step"))
+    fusion.add_arguments(benchmarks.add_parser("fusion", help="a fused step beside a plain one, and beside the paper's written out"))
     methods.add_arguments(benchmarks.add_parser("methods", help="every fusion method beside a plain step"))
     guidance.add_arguments(benchmarks.add_parser("guidance", help="what the correction of a step costs, in time and memory"))
     try:
