@@ -88,8 +88,8 @@ def _reconstruction(vae: Any, judges: Judges) -> tuple[dict[str, dict[str, float
         again = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in painted.split(_BATCH)]).clamp(-1, 1)
         found[kind] = {"difference": float((again - painted).abs().mean()) * 127.5}
         for when, pictures in (("painted", painted), ("decoded", again)):
-            subject, style, _, intact = _right(judges, pictures, [(scene.what, scene.style or "") for scene in scenes])
-            found[kind].update({f"{when}, object named": subject, f"{when}, style named": style, f"{when}, intact": intact})
+            subject, style, _ = _right(judges, pictures, [(scene.what, scene.style or "") for scene in scenes])
+            found[kind].update({f"{when}, object named": subject, f"{when}, style named": style})
         if kind == "subjects kept out":
             shown = [part for row in zip(painted.split(12), again.split(12), strict=True) for part in row]
     return found, sheet(_images(torch.cat(shown)), 12)
@@ -98,18 +98,18 @@ def _reconstruction(vae: Any, judges: Judges) -> tuple[dict[str, dict[str, float
 def _named(pipeline: Any, judges: Judges, pairs: Sequence[tuple[str, str]]) -> tuple[dict[str, float], list[Image.Image]]:
     """How often the judges name what was asked for."""
     images = generated(pipeline, [caption(what, style) for what, style in pairs])
-    objects, styles, both, intact = _right(judges, _tensor(images), pairs)
-    return {"pictures": len(pairs), "object": objects, "style": styles, "both": both, "intact": intact}, images
+    objects, styles, both = _right(judges, _tensor(images), pairs)
+    return {"pictures": len(pairs), "object": objects, "style": styles, "both": both}, images
 
 
-def _right(judges: Judges, pictures: Tensor, wanted: Sequence[tuple[str, str]]) -> tuple[float, float, float, float]:
-    """How often the judges name class or subject, style, and both; and how often a picture is intact to them."""
+def _right(judges: Judges, pictures: Tensor, wanted: Sequence[tuple[str, str]]) -> tuple[float, float, float]:
+    """How often the judges name class or subject, style, and both."""
     scores = judges.scores(pictures)
     objects = torch.tensor([judges.subject_names.index(what) for what, _ in wanted])
     styles = torch.tensor([judges.style_names.index(style) for _, style in wanted])
     right_object = scores.subject_probabilities.argmax(1) == objects
     right_style = scores.style_probabilities.argmax(1) == styles
-    shares = (right_object, right_style, right_object & right_style, scores.intact > 0.5)
+    shares = (right_object, right_style, right_object & right_style)
     return tuple(float(share.float().mean()) for share in shares)  # type: ignore[return-value]
 
 

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     plan = commands.add_parser("plan", help="the model, LoRAs and a plan for the command evaluate")
     plan.add_argument("folder", type=Path, help="where they are written")
     plan.set_defaults(run=_plan)
-    commands.add_parser("bench", help="which fusion is better here: subject, style and intactness of thousands of pictures")
+    commands.add_parser("bench", help="which fusion is better here: subject and style of thousands of pictures")
     options = parser.parse_args(arguments)
     return int(options.run(options))
 

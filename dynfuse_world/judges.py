@@ -1,4 +1,4 @@
-"""Judges of pictures of the miniature world: which object, which style, and whether the picture is intact.
+"""Judges of pictures of the miniature world: which object, and which style.
 
 For measuring only. No method sees them; they are trained with other seeds than everything else (training/judges.py).
 """
@@ -24,11 +24,10 @@ STYLE_NAMES = (*STYLES, *HELD_OUT_STYLES, OTHER)
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Of B pictures. subject_probabilities (B, len(SUBJECT_NAMES)), style_probabilities (B, len(STYLE_NAMES)), intact (B,): 0 to 1."""
+    """Of B pictures. subject_probabilities (B, len(SUBJECT_NAMES)), style_probabilities (B, len(STYLE_NAMES)): 0 to 1."""
 
     subject_probabilities: Tensor
     style_probabilities: Tensor
-    intact: Tensor
 
     def subject(self, name: str) -> Tensor:
         """(B,): how probably each picture shows that class or subject."""
@@ -79,7 +78,7 @@ class _Anywhere(nn.Module):
 
 
 class Judges(nn.Module):
-    """Three networks that share nothing, so that no answer leans on another."""
+    """Two networks that share nothing, so that no answer leans on the other."""
 
     subject_names = SUBJECT_NAMES
     style_names = STYLE_NAMES
@@ -89,26 +88,21 @@ class Judges(nn.Module):
         super().__init__()
         self.of_subject = _WhereItLies((24, 40, 64), len(SUBJECT_NAMES))
         self.of_style = _Anywhere((16, 32, 56), len(STYLE_NAMES))
-        self.of_intactness = _WhereItLies((24, 48, 72), 1)
         # By which the answers are divided, so that what is said with 0.8 is true in 8 of 10 pictures.
-        self.register_buffer("temperatures", torch.ones(3))
+        self.register_buffer("temperatures", torch.ones(2))
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, 64, 64) in [-1, 1] -> logits (B, subjects), (B, styles), (B,)."""
-        subject, style, intact = self.temperatures
-        return (
-            self.of_subject(pictures) / subject,
-            self.of_style(pictures) / style,
-            self.of_intactness(pictures)[:, 0] / intact,
-        )
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, 64, 64) in [-1, 1] -> logits (B, subjects), (B, styles)."""
+        subject, style = self.temperatures
+        return self.of_subject(pictures) / subject, self.of_style(pictures) / style
 
     @torch.no_grad()
     def scores(self, pictures: Tensor) -> Scores:
         """pictures: (B, 3, 64, 64) in [-1, 1], any float dtype. Raises ValueError for pictures of another shape."""
         if pictures.ndim != 4 or pictures.shape[1:] != (3, PIXELS, PIXELS):
             raise ValueError(f"The judges take pictures of shape (B, 3, {PIXELS}, {PIXELS}), not {tuple(pictures.shape)}.")
-        subject, style, intact = self(pictures.float().clamp(-1, 1))
-        return Scores(subject.softmax(1), style.softmax(1), intact.sigmoid())
+        subject, style = self(pictures.float().clamp(-1, 1))
+        return Scores(subject.softmax(1), style.softmax(1))
 
 
 def load_judges(path: Path = WEIGHTS / "judges.safetensors") -> Judges:

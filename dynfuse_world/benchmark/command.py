@@ -177,7 +177,7 @@ def _result(
             {
                 "pair": outcome.pair.name,
                 "row": outcome.row,
-                **{name: np.round(getattr(outcome, name), 5).tolist() for name in ("subject", "style", "intact")},
+                **{name: np.round(getattr(outcome, name), 5).tolist() for name in ("subject", "style")},
             }
             for outcome in outcomes
         ],

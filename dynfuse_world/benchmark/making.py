@@ -65,7 +65,6 @@ class Studio:
             row.name,
             scores.subject(pair.subject).double().numpy(),
             scores.style(pair.style).double().numpy(),
-            scores.intact.double().numpy(),
             seconds,
             pictures[: task.shown],
             trace,

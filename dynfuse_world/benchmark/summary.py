@@ -15,7 +15,7 @@ from .methods import Row
 from .protocol import Pair
 from .work import Outcome
 
-MEASURES = ("subject", "style", "harmonic mean", "intact")
+MEASURES = ("subject", "style", "harmonic mean")
 """Of each picture. A picture's harmonic mean is 0 where the judge gives the subject or the style nothing."""
 OF_MEANS = "harmonic mean of means"
 """Of each pair: of its mean subject score and its mean style score. Above the other where pictures have one or the other."""
@@ -56,8 +56,8 @@ def summaries(outcomes: Iterable[Outcome], rows: Sequence[Row], pairs: Sequence[
 
 
 def _measures(outcomes: Sequence[Outcome]) -> dict[str, Floats]:
-    subject, style, intact = (np.stack([getattr(outcome, name) for outcome in outcomes]) for name in ("subject", "style", "intact"))
-    return {"subject": subject, "style": style, "harmonic mean": harmonic_mean(subject, style), "intact": intact}
+    subject, style = (np.stack([getattr(outcome, name) for outcome in outcomes]) for name in ("subject", "style"))
+    return {"subject": subject, "style": style, "harmonic mean": harmonic_mean(subject, style)}
 
 
 def _summary(

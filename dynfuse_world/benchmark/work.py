@@ -19,9 +19,6 @@ from .protocol import CFG_SCALE, PICTURED, PICTURED_SEEDS, SEEDS, STEPS, TUNING,
 class Scores(Protocol):
     """What a judge says of B pictures: (B,) probabilities each."""
 
-    @property
-    def intact(self) -> Tensor: ...
-
     def subject(self, name: str) -> Tensor: ...
 
     def style(self, name: str) -> Tensor: ...
@@ -62,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """subject, style, intact: (seeds,) probabilities of the right answers. seconds: of one processor for one picture,
+    """subject, style: (seeds,) probabilities of the right answers. seconds: of one processor for one picture,
     without making the references.
 
     pictures: (shown, H, W, 3) uint8.
@@ -72,7 +69,6 @@ class Outcome:
     row: str
     subject: NDArray[np.float64]
     style: NDArray[np.float64]
-    intact: NDArray[np.float64]
     seconds: float
     pictures: NDArray[np.uint8]
     diagnosis: Diagnosis | None

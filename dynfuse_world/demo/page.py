@@ -38,10 +38,10 @@ judges.</p>
 <p>It shows how the methods behave where everything can be measured. It is <strong>no evidence about SDXL</strong> or any other model of
 ordinary size, and the few pictures of this page are too few to say which method is better: that is measured over many pairs and seeds, in
 docs/quality.md of this project.</p>
-<p>The judges are networks of their own that took no part in making the pictures: no method sees them or is steered by them. A percentage
-is how sure they are, and they can be wrong, about <em>intact</em> most of all. <em>Both</em> is the harmonic mean of subject and style,
-which is near 0 where either is. The seeds are the first six. The two pairs were drawn by lot from the twelve of this world on which no
-setting was chosen; docs/quality.md shows others. Everybody who runs this demo gets about the same pictures.</p>
+<p>The judges are networks of their own that took no part in making the pictures: no method sees them or is steered by them. A percentage is
+how sure they are, and they can be wrong. <em>Both</em> is the harmonic mean of subject and style, which is near 0 where either is. The
+seeds are the first six. The two pairs were drawn by lot from the twelve of this world on which no setting was chosen; docs/quality.md shows
+others. Everybody who runs this demo gets about the same pictures.</p>
 """
 
 
@@ -133,7 +133,7 @@ def _lora(show: Show, side: str, title: str, what: str) -> str:
 </figure>
 <figure class="alone">
 {_image(alone.picture, f"Picture of the {side} LoRA alone")}
-<figcaption>What it makes alone, of “{prompt}”. {_verdict(alone, (side, "intact"))}</figcaption>
+<figcaption>What it makes alone, of “{prompt}”. {_verdict(alone, (side,))}</figcaption>
 </figure>
 </article>"""
 
@@ -145,7 +145,7 @@ def _pictures(show: Show) -> str:
         cells = []
         for seed, judged in zip(show.seeds, show.fused[method]):
             picture = _image(judged.picture, f"{label}, seed {seed}")
-            cells.append(f'<td data-method="{method}" data-seed="{seed}">{picture}{_verdict(judged, ("subject", "style", "intact"))}</td>')
+            cells.append(f'<td data-method="{method}" data-seed="{seed}">{picture}{_verdict(judged, ("subject", "style"))}</td>')
         groups.append(
             f'<tbody><tr><th colspan="{len(show.seeds)}" scope="rowgroup"><span><strong>{label}</strong>: '
             f"{explanation}</span></th></tr>\n<tr>{''.join(cells)}</tr></tbody>"
@@ -161,7 +161,6 @@ def _means(show: Show) -> str:
         "Subject": lambda judged: judged.subject,
         "Style": lambda judged: judged.style,
         "Both": lambda judged: judged.both,
-        "Intact": lambda judged: judged.intact,
     }
     head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     rows = []

@@ -34,12 +34,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Judged:
-    """A picture with how sure the judges are, 0 to 1: that it shows the subject, that it is in the style, that it is intact."""
+    """A picture with how sure the judges are, 0 to 1: that it shows the subject, and that it is in the style."""
 
     picture: Image.Image
     subject: float
     style: float
-    intact: float
 
     @property
     def both(self) -> float:
@@ -124,7 +123,7 @@ def judged(pictures: Sequence[Image.Image], pair: Pair, judges: Judges) -> list[
     """What the judges say of pictures for that pair."""
     pixels = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in pictures])
     scores = judges.scores(torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2))
-    columns = scores.subject(pair.subject), scores.style(pair.style), scores.intact
+    columns = scores.subject(pair.subject), scores.style(pair.style)
     return [Judged(picture, *map(float, row)) for picture, *row in zip(pictures, *columns)]
 
 

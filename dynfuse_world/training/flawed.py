@@ -1,7 +1,7 @@
 """Pictures for the judges: good ones, and ones that go wrong in the ways in which generated pictures do.
 
-Every picture carries what a fair person would answer: shares of the judges' names, and how far it is intact. Between clear cases
-the shares change gradually, so that a judge learns to be unsure there.
+Every picture carries what a fair person would answer: shares of the judges' names. Between clear cases these change gradually, so that a
+judge learns to be unsure there.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ _RULES = {**STYLES, **HELD_OUT_STYLES}
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """kind: how it was made, one of KINDS. subject, style: shares of the judges' names, 1 together. intact: 0 to 1, None if unknown."""
+    """kind: how it was made, one of KINDS. subject, style: shares of the judges' names, 1 together."""
 
     kind: str
     picture: Pixels
     subject: Shares
     style: Shares
-    intact: float | None
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,13 @@ def any_kind(rng: random.Random) -> str:
     return rng.choices(list(_SHARES), list(_SHARES.values()))[0]
 
 
-def batch(examples: Sequence[Example], subject_names: Sequence[str], style_names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """pictures (B, 3, 64, 64) in [-1, 1], shares of subjects and of styles, intact (B,) with NaN where it is unknown."""
+def batch(examples: Sequence[Example], subject_names: Sequence[str], style_names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """pictures (B, 3, 64, 64) in [-1, 1], shares of subjects and of styles."""
     pixels = torch.from_numpy(np.stack([each.picture for each in examples])).clamp(0, 255)
     pictures = pixels.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
     subjects = torch.tensor([[each.subject.get(name, 0.0) for name in subject_names] for each in examples])
     styles = torch.tensor([[each.style.get(name, 0.0) for name in style_names] for each in examples])
-    intact = torch.tensor([float("nan") if each.intact is None else each.intact for each in examples])
-    return pictures, subjects, styles, intact
+    return pictures, subjects, styles
 
 
 def softened(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -182,7 +180,7 @@ def _shares(sitting: _Sitting, amount: float, subject: tuple[float, float], know
 
 def _good(kind: str, rng: random.Random) -> Example:
     sitting = _sitting(rng)
-    return Example(kind, sitting.picture(), {sitting.what: 1.0}, {sitting.style_name: 1.0}, 1.0)
+    return Example(kind, sitting.picture(), {sitting.what: 1.0}, {sitting.style_name: 1.0})
 
 
 def _near_miss(kind: str, rng: random.Random) -> Example:
@@ -193,7 +191,7 @@ def _near_miss(kind: str, rng: random.Random) -> Example:
     picture = replace(sitting, draw=wrong.draw).picture()
     # Where the style hides the difference (in coarse pixels, say), nobody can tell.
     still_it = 0.6 * _falling(_visible(picture, sitting.picture()), 8, 45)
-    return Example(kind, picture, {sitting.what: still_it, sitting.kind: 1 - still_it}, {sitting.style_name: 1.0}, 1.0)
+    return Example(kind, picture, {sitting.what: still_it, sitting.kind: 1 - still_it}, {sitting.style_name: 1.0})
 
 
 _COLOURED = ("flat", "dotted", "striped", "pixel", "watercolor", "chalk", "candy")
@@ -204,7 +202,7 @@ def _recoloured(kind: str, rng: random.Random) -> Example:
     style = rng.choice(_COLOURED)
     sitting = _sitting(rng, rng.choice([*SUBJECTS]), style)
     picture = replace(sitting, look=_rule(style)(random_fills(rng), rng)).picture()
-    return Example(kind, picture, {sitting.what: 0.5, sitting.kind: 0.5}, {style: 1.0}, 1.0)
+    return Example(kind, picture, {sitting.what: 0.5, sitting.kind: 0.5}, {style: 1.0})
 
 
 class _UnsteadyPen(Pen):
@@ -249,7 +247,7 @@ def _incomplete(kind: str, rng: random.Random) -> Example:
 
     picture = replace(sitting, draw=_unsteady(sitting.draw, change)).picture()
     lost = _visible(picture, sitting.picture())
-    return Example(kind, picture, _shares(sitting, lost, (15, 60), (150, 500)), {sitting.style_name: 1.0}, _falling(lost, 20, 220))
+    return Example(kind, picture, _shares(sitting, lost, (15, 60), (150, 500)), {sitting.style_name: 1.0})
 
 
 def _displaced(kind: str, rng: random.Random) -> Example:
@@ -266,7 +264,7 @@ def _displaced(kind: str, rng: random.Random) -> Example:
 
     picture = replace(sitting, draw=_unsteady(sitting.draw, change)).picture()
     shares = _shares(sitting, amount, (0.03, 0.12), (0.1, 0.32))
-    return Example(kind, picture, shares, {sitting.style_name: 1.0}, _falling(amount, 0.04, 0.2))
+    return Example(kind, picture, shares, {sitting.style_name: 1.0})
 
 
 def _warped(kind: str, rng: random.Random) -> Example:
@@ -280,7 +278,7 @@ def _warped(kind: str, rng: random.Random) -> Example:
         picture = picture * mask + sitting.empty() * (1 - mask)
     shares = _shares(sitting, amount, (0.8, 2.2), (1.4, 4.0))
     straight = _falling(amount, 3.0, 6.0)
-    return Example(kind, picture, shares, {sitting.style_name: straight, **_rest(sitting, 1 - straight)}, _falling(amount, 0.8, 2.4))
+    return Example(kind, picture, shares, {sitting.style_name: straight, **_rest(sitting, 1 - straight)})
 
 
 def _rest(sitting: _Sitting, share: float) -> Shares:
@@ -316,7 +314,7 @@ def _cut(kind: str, rng: random.Random) -> Example:
     )
     amount = lost / (2 * sitting.place.radius)
     picture = replace(sitting, place=place).picture()
-    return Example(kind, picture, _shares(sitting, amount, (0.12, 0.4), (0.2, 0.6)), {sitting.style_name: 1.0}, _falling(amount, 0.08, 0.3))
+    return Example(kind, picture, _shares(sitting, amount, (0.12, 0.4), (0.2, 0.6)), {sitting.style_name: 1.0})
 
 
 def _blurry(kind: str, rng: random.Random) -> Example:
@@ -325,7 +323,7 @@ def _blurry(kind: str, rng: random.Random) -> Example:
     picture = _pixels(_image(sitting.picture()).filter(ImageFilter.GaussianBlur(width)))
     shares = _shares(sitting, width, (1.4, 2.6), (1.6, 4.0))
     style = _falling(width, 1.2, 3.0)
-    return Example(kind, picture, shares, {sitting.style_name: style, **_rest(sitting, 1 - style)}, _falling(width, 1.0, 2.2))
+    return Example(kind, picture, shares, {sitting.style_name: style, **_rest(sitting, 1 - style)})
 
 
 def _ramp(rng: random.Random, softness: float) -> Pixels:
@@ -348,7 +346,7 @@ def _erased(kind: str, rng: random.Random) -> Example:
     whole = sitting.picture()
     picture = whole * (1 - gone) + sitting.empty() * gone
     lost = _visible(picture, whole) / max(1, _visible(whole, sitting.empty()))
-    return Example(kind, picture, _shares(sitting, lost, (0.06, 0.25), (0.15, 0.6)), {sitting.style_name: 1.0}, _falling(lost, 0.05, 0.25))
+    return Example(kind, picture, _shares(sitting, lost, (0.06, 0.25), (0.15, 0.6)), {sitting.style_name: 1.0})
 
 
 def _shuffled(kind: str, rng: random.Random) -> Example:
@@ -363,7 +361,7 @@ def _shuffled(kind: str, rng: random.Random) -> Example:
     if order == sorted(order):
         order.reverse()
     picture = squares[order].reshape(count, count, size, size, 3).swapaxes(1, 2).reshape(PIXELS, PIXELS, 3)
-    return Example(kind, picture, {NONE: 1.0}, {sitting.style_name: 0.6, **_rest(sitting, 0.4)}, 0.0)
+    return Example(kind, picture, {NONE: 1.0}, {sitting.style_name: 0.6, **_rest(sitting, 0.4)})
 
 
 def _two_styles(one: _Sitting, other: _Sitting) -> Shares:
@@ -383,7 +381,7 @@ def _ghosts(kind: str, rng: random.Random) -> Example:
         other = replace(other, style=one.style, look=one.look)
     share = rng.uniform(0.3, 0.7)
     picture = one.picture() * (1 - share) + other.picture() * share
-    return Example(kind, picture, {NONE: 1.0} if one.what != other.what else {NONE: 0.7, one.what: 0.3}, _two_styles(one, other), 0.0)
+    return Example(kind, picture, {NONE: 1.0} if one.what != other.what else {NONE: 0.7, one.what: 0.3}, _two_styles(one, other))
 
 
 def _halves(kind: str, rng: random.Random) -> Example:
@@ -395,7 +393,7 @@ def _halves(kind: str, rng: random.Random) -> Example:
         other = replace(other, style=one.style, look=one.look)
     share = _ramp(rng, rng.choice((1.0, 8.0)))
     picture = one.picture() * (1 - share) + other.picture() * share
-    return Example(kind, picture, {NONE: 1.0}, _two_styles(one, other), 0.0)
+    return Example(kind, picture, {NONE: 1.0}, _two_styles(one, other))
 
 
 def _same_figure(rng: random.Random) -> tuple[_Sitting, _Sitting]:
@@ -412,15 +410,15 @@ def _style_ghosts(kind: str, rng: random.Random) -> Example:
     one, other = _same_figure(rng)
     share: float | Pixels = rng.uniform(0.3, 0.7) if rng.random() < 0.6 else _ramp(rng, rng.choice((1.0, 8.0)))
     picture = one.picture() * (1 - share) + other.picture() * share
-    return Example(kind, picture, {one.what: 1.0}, _two_styles(one, other), None if isinstance(share, float) else 0.0)
+    return Example(kind, picture, {one.what: 1.0}, _two_styles(one, other))
 
 
 def _cut_out(kind: str, rng: random.Random) -> Example:
-    """A figure of one style on the ground of another. As a picture that is intact."""
+    """A figure of one style on the ground of another."""
     one, other = _same_figure(rng)
     mask = one.mask()
     picture = one.picture() * mask + other.empty() * (1 - mask)
-    return Example(kind, picture, {one.what: 1.0}, _two_styles(one, other), None)
+    return Example(kind, picture, {one.what: 1.0}, _two_styles(one, other))
 
 
 def _style_miss(kind: str, rng: random.Random) -> Example:
@@ -438,27 +436,27 @@ def _style_miss(kind: str, rng: random.Random) -> Example:
         ways["fills"] = replace(look, fills=sitting.fills)
     picture = replace(sitting, look=rng.choice([*ways.values()])).picture()
     still_it = 0.25 + 0.5 * _falling(_visible(picture, sitting.picture()), 40, 300)
-    return Example(kind, picture, {sitting.what: 1.0}, {sitting.style_name: still_it, OTHER: 1 - still_it}, None)
+    return Example(kind, picture, {sitting.what: 1.0}, {sitting.style_name: still_it, OTHER: 1 - still_it})
 
 
 def _junk(kind: str, rng: random.Random) -> Example:
     sitting = _sitting(rng)
     seed = rng.random()
     picture = replace(sitting, draw=lambda pen: junk(pen, random.Random(seed))).picture()
-    return Example(kind, picture, {NONE: 1.0}, {sitting.style_name: 1.0}, 0.0)
+    return Example(kind, picture, {NONE: 1.0}, {sitting.style_name: 1.0})
 
 
 def _nothing(kind: str, rng: random.Random) -> Example:
     """The ground alone, or clouds of colour."""
     sitting = _sitting(rng)
     if rng.random() < 0.6:
-        return Example(kind, sitting.empty(), {NONE: 1.0}, {sitting.style_name: 0.6, **_rest(sitting, 0.4)}, 0.0)
+        return Example(kind, sitting.empty(), {NONE: 1.0}, {sitting.style_name: 0.6, **_rest(sitting, 0.4)})
     numbers = np.random.default_rng(rng.getrandbits(32))
     bumps = rng.randint(2, 16)
     clouds = numbers.uniform(0, 255, (bumps, bumps, 3)).astype(np.uint8)
     picture = _pixels(Image.fromarray(clouds).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
     share = rng.choice((0.0, rng.uniform(0.0, 0.5)))
-    return Example(kind, picture * (1 - share) + sitting.picture() * share, {NONE: 1.0}, {OTHER: 1.0}, 0.0)
+    return Example(kind, picture * (1 - share) + sitting.picture() * share, {NONE: 1.0}, {OTHER: 1.0})
 
 
 KINDS: Mapping[str, Callable[[str, random.Random], Example]] = {

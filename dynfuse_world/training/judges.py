@@ -1,4 +1,4 @@
-"""Training of the judges of subject and style, and the figures that say how far all three can be trusted."""
+"""Training of the judges of subject and style, and the figures that say how far they can be trusted."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from torch import Tensor
 from ..judges import STYLE_NAMES, SUBJECT_NAMES, Judges, Scores, load_judges
 from ..model import WEIGHTS, load_vae, save_network
 from ..painter import CLASSES, HELD_OUT_STYLES, JUNK, STYLES, SUBJECTS, Scene
-from .base import latents_of
 from .flawed import KINDS, Example, any_kind, batch, example, softened
-from .intactness import LATENT_FLAWS
 from .loop import TrainingLoop
-from .pictures import as_bytes, as_floats, as_tensor, decoded, kept
+from .pictures import as_floats, as_tensor, kept
 
 STEPS = 7000
 BATCH = 64
@@ -34,7 +32,7 @@ _DISTURBED = 0.4  # the most noise in their latents, as a share of the latents' 
 
 
 def train_judges(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any]:
-    """Writes judges.safetensors, in which intactness is left to its own training (intactness.py). Returns what is worth recording.
+    """Writes judges.safetensors. Returns what is worth recording.
 
     With vae.safetensors there, a part of the pictures goes through it.
     """
@@ -65,12 +63,7 @@ def train_judges(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any
     loop.finish()
     judges.to(memory_format=torch.contiguous_format)
     _calibrate(judges)
-    path = weights / "judges.safetensors"
-    if path.is_file():
-        earlier = load_judges(path)
-        judges.of_intactness.load_state_dict(earlier.of_intactness.state_dict())
-        judges.temperatures[2] = earlier.temperatures[2]
-    save_network(judges, path)
+    save_network(judges, weights / "judges.safetensors")
     return {"steps": loop.step, "seconds": round(loop.seconds), "batch": BATCH, "temperatures": judges.temperatures.tolist()}
 
 
@@ -116,7 +109,7 @@ def _calibrate(judges: Judges) -> None:
     logits = [torch.cat(parts) for parts in zip(*(judges(part) for part in softened(pictures, torch.Generator()).split(250)), strict=True)]
     candidates = torch.linspace(0.5, 2.5, 81)
     errors = torch.tensor([[float(error) for error in _errors([each / t for each in logits], answers)] for t in candidates])
-    judges.temperatures[:2] = candidates[errors.argmin(0)]
+    judges.temperatures[:] = candidates[errors.argmin(0)]
 
 
 def evaluate(judges: Judges, pictures: int = 200, seed: int = 9_001, vae: Path | None = None) -> dict[str, Any]:
@@ -124,17 +117,14 @@ def evaluate(judges: Judges, pictures: int = 200, seed: int = 9_001, vae: Path |
 
     pictures: of each subject or class, of each style, and of each kind of flaw. vae: let all pictures pass through that autoencoder.
     Result, shares of 1: "subjects" {name: named right}; "styles" {name: named right}; "near misses" {kind: taken for the subject, where
-    the difference shows}; "intact" {kind: {"intact" or "flawed", as it clearly is: called intact}}, with vae also for latents that went
-    wrong; "false subjects" {kind: taken for a subject, where it is none}.
+    the difference shows}; "false subjects" {kind: taken for a subject, where it is none}.
     """
     rng = random.Random(seed)
 
     def seen(tensor: Tensor) -> Scores:
         tensor = through(vae, tensor) if vae is not None else tensor
         parts = [judges.scores(part) for part in tensor.split(200)]
-        return Scores(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in ("subject_probabilities", "style_probabilities", "intact"))
-        )
+        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("subject_probabilities", "style_probabilities")))
 
     def painted(scenes: Iterable[Scene]) -> Scores:
         return seen(as_floats(as_tensor(list(scenes), rng)))
@@ -153,32 +143,17 @@ def evaluate(judges: Judges, pictures: int = 200, seed: int = 9_001, vae: Path |
         named[STYLE_NAMES[number]] = _share(scores.style_probabilities.argmax(1) == number)
 
     near_misses, kinds = {}, {}
-    intact: dict[str, dict[str, float]] = {}
     is_subject = torch.tensor([name in SUBJECTS for name in SUBJECT_NAMES])
     for kind in KINDS:
         examples = [example(kind, rng) for _ in range(pictures)]
-        tensor, shares, _, whole = batch(examples, SUBJECT_NAMES, STYLE_NAMES)
+        tensor, shares, _ = batch(examples, SUBJECT_NAMES, STYLE_NAMES)
         scores = seen(tensor)
         if kind in ("one part", "two parts", "three parts"):
             shows = shares[:, is_subject].sum(1) == 0
             near_misses[kind] = _share(scores.subject_probabilities[shows][:, is_subject].amax(1) > 0.5)
-        intact[kind] = _called_intact(scores.intact, whole)
         wrong = shares[:, is_subject].sum(1) < 0.1
         kinds[kind] = _share(scores.subject_probabilities[wrong][:, is_subject].amax(1) > 0.5)
-    if vae is not None:
-        network, generator = load_vae(vae), torch.Generator().manual_seed(seed)
-        good, *_ = batch([example("good", rng) for _ in range(pictures)], SUBJECT_NAMES, STYLE_NAMES)
-        latents = latents_of(as_bytes(good), network)
-        for kind, flaw in LATENT_FLAWS.items():
-            wrong, whole = flaw(latents, generator)
-            intact[f"latents {kind}"] = _called_intact(judges.scores(as_floats(decoded(network, wrong))).intact, whole)
-    return {"subjects": subjects, "styles": named, "near misses": near_misses, "intact": intact, "false subjects": kinds}
-
-
-def _called_intact(scores: Tensor, whole: Tensor) -> dict[str, float]:
-    """How many of the pictures that are clearly intact, and of those that are clearly not, are called so."""
-    cases = {"intact": whole > 0.9, "flawed": whole < 0.1}
-    return {case: _share(scores[which] > 0.5) for case, which in cases.items() if which.sum() >= 10}
+    return {"subjects": subjects, "styles": named, "near misses": near_misses, "false subjects": kinds}
 
 
 def _share(answers: Tensor) -> float:

@@ -16,7 +16,6 @@ from ..shipped import write_checksums
 from .autoencoder import train_autoencoder, train_decoder
 from .base import train_base
 from .encoders import train_clip, train_dino
-from .intactness import train_intactness
 from .judges import train_judges
 from .loras import train_loras, train_oracles
 
@@ -30,7 +29,6 @@ STEPS: dict[str, Step] = {
     "clip": train_clip,
     "dino": train_dino,
     "judges": train_judges,
-    "intactness": train_intactness,
     "loras": train_loras,
     "oracles": train_oracles,
 }

@@ -90,7 +90,7 @@ def test_every_row_is_made_and_judged(studio):
     for outcome in outcomes.values():
         assert outcome.pictures.shape == (len(SEEDS), 64, 64, 3)
         assert outcome.seconds > 0
-        for scores in (outcome.subject, outcome.style, outcome.intact):
+        for scores in (outcome.subject, outcome.style):
             assert scores.shape == (len(SEEDS),)
             assert ((scores >= 0) & (scores <= 1)).all()
     assert {name for name, outcome in outcomes.items() if outcome.diagnosis} == {"selection", "both"}
@@ -200,7 +200,7 @@ def test_the_numbers_are_the_same_on_any_number_of_processes(setup):
     work = tasks([PAIR], [ROW["direct"], ROW["selection"], ROW["guidance"]])
     for alone, together in zip(made(work, setup, 1), made(work, setup, 2), strict=True):
         assert (alone.pair, alone.row) == (together.pair, together.row)
-        for name in ("subject", "style", "intact", "pictures"):
+        for name in ("subject", "style", "pictures"):
             np.testing.assert_array_equal(getattr(alone, name), getattr(together, name))
         assert alone.diagnosis == together.diagnosis
 

@@ -18,7 +18,7 @@ def outcomes(rows, seeds=4):
     for place, row in enumerate(rows):
         for pair in PAIRS:
             scores = np.full(seeds, 0.1 + 0.05 * place)
-            made.append(Outcome(pair, row.name, scores, scores, scores, 1.0, np.zeros((0, 4, 4, 3), np.uint8), None))
+            made.append(Outcome(pair, row.name, scores, scores, 1.0, np.zeros((0, 4, 4, 3), np.uint8), None))
     return made
 
 

@@ -24,10 +24,10 @@ CHOSEN = [row for row in ROWS if row.name in NAMES]
 def outcome(pair, row, *, better=0.0, shown=0):
     """The same noise in every row."""
     rng = np.random.default_rng([*pair.name.encode()])
-    subject, style, intact = np.clip(rng.uniform(0.2, 0.6, (3, SEEDS)) + better, 0, 1)
+    subject, style = np.clip(rng.uniform(0.2, 0.6, (2, SEEDS)) + better, 0, 1)
     pictures = rng.integers(0, 256, (shown, 8, 8, 3), dtype=np.uint8)
     found = Diagnosis(0.25, {"self q": 0.5}, {"mid": 0.125}, [0.25], 0.1, 0.5) if row == "selection" else None
-    return Outcome(pair, row, subject, style, intact, 0.5, pictures, found)
+    return Outcome(pair, row, subject, style, 0.5, pictures, found)
 
 
 OUTCOMES = [

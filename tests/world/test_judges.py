@@ -31,18 +31,17 @@ def judges():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_picture_shows_adds_up_to_one(kind):
-    pictures, subjects, styles, intact = examples_of(kind, 12)
+    pictures, subjects, styles = examples_of(kind, 12)
     assert pictures.shape == (12, 3, 64, 64)
     assert pictures.min() >= -1
     assert pictures.max() <= 1
     torch.testing.assert_close(subjects.sum(1), torch.ones(12))
     torch.testing.assert_close(styles.sum(1), torch.ones(12))
-    assert bool((intact.isnan() | (intact >= 0) & (intact <= 1)).all())
 
 
 def test_a_subject_with_exchanged_parts_is_none_where_that_shows():
     for kind in ("two parts", "three parts"):
-        _, subjects, _, _ = examples_of(kind, 60)
+        _, subjects, _ = examples_of(kind, 60)
         shares = subjects[:, [SUBJECT_NAMES.index(name) for name in SUBJECTS]].sum(1)
         assert shares.mean() < 0.05
         assert shares.max() <= 0.6
@@ -74,22 +73,15 @@ def test_the_shipped_judges_name_what_they_have_never_seen(judges):
     named = [STYLE_NAMES[number] for number in scores.style_probabilities.argmax(1)]
     assert sum(name == scene.what for name, scene in zip(subjects, scenes)) >= 0.93 * len(scenes)
     assert sum(name == scene.style for name, scene in zip(named, scenes)) >= 0.93 * len(scenes)
-    assert (scores.intact > 0.5).float().mean() >= 0.93
 
 
 def test_the_shipped_judges_do_not_take_a_near_miss_for_a_subject(judges):
     for kind, most in (("one part", 0.35), ("two parts", 0.1), ("three parts", 0.05)):
-        pictures, shares, _, _ = examples_of(kind, 80)
+        pictures, shares, _ = examples_of(kind, 80)
         subjects = [SUBJECT_NAMES.index(name) for name in SUBJECTS]
         shows = shares[:, subjects].sum(1) == 0
         taken = judges.scores(pictures[shows]).subject_probabilities[:, subjects].amax(1) > 0.5
         assert taken.float().mean() <= most, kind
-
-
-@pytest.mark.parametrize("kind", ["shuffled", "junk", "nothing"])
-def test_the_shipped_judges_see_that_a_picture_is_broken(judges, kind):
-    pictures, *_ = examples_of(kind, 60)
-    assert (judges.scores(pictures).intact < 0.5).float().mean() >= 0.85
 
 
 def test_shapes_without_an_object_are_none_and_a_style_without_a_name_is_other(judges):

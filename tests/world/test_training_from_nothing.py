@@ -18,7 +18,7 @@ from dynfuse_world.judges import load_judges
 from dynfuse_world.model import load_pipeline
 from dynfuse_world.oracles import read_oracle
 from dynfuse_world.shipped import WeightsError, verify
-from dynfuse_world.training import autoencoder, base, intactness, judges, loras, steps
+from dynfuse_world.training import autoencoder, base, judges, loras, steps
 from lib_dynfuse import FuseSettings, read_lora
 from lib_dynfuse.guidance.encoders import EncoderSources, load_encoders
 from lib_dynfuse.hosts.diffusers import FusedPipeline
@@ -39,9 +39,6 @@ def train(monkeypatch, tmp_path):
         (judges, "_POOL", 64),
         (judges, "_DECODED", 64),
         (judges, "_CALIBRATED", 64),
-        (intactness, "_PAINTED", 64),
-        (intactness, "_LATENTS", 8),
-        (intactness, "_CALIBRATED", 16),
         (loras, "_PRIOR_PICTURES", 16),
     ):
         monkeypatch.setattr(module, name, value)
