@@ -41,7 +41,7 @@ def register() -> None:
     }
     # options_templates is copied when the settings page is first made (modules/options.py, reorder): what an extension adds with "Apply
     # and restart UI" must be told to the options themselves.
-    for key, info in shared.options_section(("dynfuse", "DynFuse"), options).items():
+    for key, info in shared.options_section(("dynfuse", "DynFuse", "sd"), options).items():
         shared.options_templates[key] = info
         shared.opts.add_option(key, info)
 

@@ -135,7 +135,7 @@ class CFGDenoiser(nn.Module):
 
     def __init__(self, webui, sampler, p):
         super().__init__()
-        self.webui, self.sampler, self.p, self.step = webui, sampler, p, 0
+        self.webui, self.sampler, self.p, self.step, self.total_steps = webui, sampler, p, 0, p.steps
 
     def inner_model(self, x, sigma, cond):
         return x - self.webui.shared.sd_model.model.diffusion_model(x, sigma, cond)

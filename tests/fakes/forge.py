@@ -265,7 +265,7 @@ class CFGDenoiser(nn.Module):
 
     def __init__(self, webui, sampler, p):
         super().__init__()
-        self.webui, self.sampler, self.p, self.step = webui, sampler, p, 0
+        self.webui, self.sampler, self.p, self.step, self.total_steps = webui, sampler, p, 0, p.steps
         self.mask = self.nmask = None
         self.classic_ddim_eps_estimation = False
 

@@ -157,6 +157,43 @@ class Processed:
     p: Processing
 
 
+OPTIONS = {
+    ("sd", "sd"): {"sd_model_checkpoint": "model.ckpt", "emphasis": "Original", "CLIP_stop_at_last_layers": 1, "randn_source": "GPU"},
+    ("sdxl", "sd"): {"sdxl_crop_top": 0},
+    ("vae", "sd"): {"sd_vae": "Automatic", "sd_vae_decode_method": "Full"},
+    ("img2img", "sd"): {"img2img_extra_noise": 0.0},
+    ("optimizations", "sd"): {
+        **{"s_min_uncond": 0.0, "s_min_uncond_all": False, "token_merging_ratio": 0.0},
+        **{"pad_cond_uncond": False, "batch_cond_uncond": True},
+    },
+    ("sampler-params", "sd"): {
+        **{"sigma_min": 0.0, "sigma_max": 0.0, "rho": 0.0, "eta_noise_seed_delta": 0, "always_discard_next_to_last_sigma": False},
+        **{"sgm_noise_multiplier": False, "uni_pc_variant": "bh1", "uni_pc_order": 3, "skip_early_cond": 0.0},
+    },
+    ("extra_networks", "sd"): {"sd_hypernetwork": "None", "extra_networks_default_multiplier": 1.0},
+    ("compatibility", None): {"lora_functional": False},
+    ("hypertile", None): {"hypertile_enable_unet": False},
+    ("another", None): {"another_api_key": ""},
+    ("saving-images", "saving"): {"samples_format": "png"},
+    ("ui", "ui"): {"show_progress_every_n_steps": 10},
+    ("system", "system"): {"multiple_tqdm": True},
+    (None, None): {"sd_checkpoint_hash": "", "forge_inference_memory": 1024},
+}
+
+
+class Options(types.SimpleNamespace):
+    """modules/options.py: values by name, and where in the settings they stand."""
+
+    def __init__(self):
+        values = {name: value for options in OPTIONS.values() for name, value in options.items()}
+        labels = {
+            name: types.SimpleNamespace(section=(section, section), category_id=category, do_not_save=False)
+            for (section, category), options in OPTIONS.items()
+            for name in options
+        }
+        super().__init__(data_labels=labels, **values)
+
+
 class FakeWebUI:
     """Installs the fake modules into sys.modules; `files` are the LoRAs by name."""
 
@@ -171,7 +208,7 @@ class FakeWebUI:
         self.modules = {}
         shared = self.module(
             "modules.shared",
-            opts=types.SimpleNamespace(lora_functional=False, batch_cond_uncond=True, s_min_uncond_all=False),
+            opts=Options(),
             sd_model=None,
             state=types.SimpleNamespace(
                 **{"interrupted": False, "skipped": False, "job": "", "textinfo": None, "job_count": -1, "job_no": 0},

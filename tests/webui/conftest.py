@@ -169,6 +169,8 @@ def webui(request, monkeypatch):
         return lambda function: recorded.callbacks.__setitem__(name, function)
 
     def section(identifier, options):
+        for option in options.values():
+            option.section, option.category_id = identifier[:2], identifier[2] if len(identifier) > 2 else None
         return options
 
     modules = {

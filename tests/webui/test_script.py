@@ -370,5 +370,6 @@ def test_the_options_are_the_hosts_parts_own_with_its_defaults(webui, script_mod
     # The host's own options know them at once: it may have copied the list before (modules/options.py, reorder).
     assert vars(webui.opts) == defaults
     for option in webui.options.values():
+        assert (option.section, option.category_id) == (("dynfuse", "DynFuse"), "sd")  # else its page stands under "Uncategorized"
         with gr.Blocks():
             (option.component or gr.Textbox)(value=option.default, **(option.component_args or {}))

@@ -14,7 +14,7 @@ from ...guidance.references import ReferenceCache
 from ...lora import LoraFile
 from ...lora.families import Shape
 from ...user_presets import UserPresets
-from . import catalogue, job, requests, storage
+from . import catalogue, job, picture_options, requests, storage
 from .capabilities import off_because, why_off
 from .catalogue import Catalogue
 from .job import JobSeams
@@ -45,7 +45,7 @@ class WebUIHost:
         self.storage = Storage()
         self.requests = Requests(roles, self.catalogue, self.storage)
         self.jobs = JobSeams(roles, self.catalogue, self.requests)
-        self.needs = (*job.NEEDS, *requests.NEEDS, *catalogue.NEEDS, *storage.NEEDS, *roles.needs)
+        self.needs = (*job.NEEDS, *requests.NEEDS, *catalogue.NEEDS, *storage.NEEDS, *picture_options.NEEDS, *roles.needs)
         self._seams = Seams()
 
     @property

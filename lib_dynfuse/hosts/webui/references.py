@@ -25,11 +25,10 @@ from ...settings import FuseSettings
 from ...tuning.plan import Frame
 from ..references import alone, full_weight, shown
 from .lora_files import FileVersion
+from .picture_options import digest_of_options
 
 log = logging.getLogger(__name__)
 
-# Options of the WebUI that change every picture and are not in a job's own fields.
-_OPTIONS = ("CLIP_stop_at_last_layers", "emphasis", "randn_source", "eta_noise_seed_delta", "sdxl_crop_top", "sdxl_crop_left")
 _FIELDS = ("eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "tiling", "subseed_strength")
 
 # What a reference's job takes over from the picture's, and what it says itself: arguments of StableDiffusionProcessingTxt2Img.
@@ -198,7 +197,6 @@ class ReferenceMaker:
 
         p = self.jobs.p
         blocks = getattr(self.settings, f"{side}_blocks")
-        options = [(name, str(getattr(opts, name, None))) for name in _OPTIONS]
         own = [(name, str(getattr(p, name, None))) for name in _FIELDS]
         return ReferenceKey(
             side=side,
@@ -218,7 +216,9 @@ class ReferenceMaker:
             clip_skip=int(getattr(opts, "CLIP_stop_at_last_layers", 1)),
             encoders=self.encoders.identity,
             more=(
-                *options,
+                ("options", digest_of_options(opts)),
+                # A1111 has it on the model during the whole job.
+                ("token merging", str(p.get_token_merging_ratio()) if hasattr(p, "get_token_merging_ratio") else ""),
                 *own,
                 *[("blocks", blocks)] * bool(blocks),
                 *((name, str(value)) for name, value in sorted(self.jobs.more.items())),

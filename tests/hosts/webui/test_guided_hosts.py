@@ -210,6 +210,30 @@ class TestReferences:
         assert guided.jobs == made + 3
 
     @pytest.mark.parametrize(
+        ("option", "value", "new"), [("skip_early_cond", 0.2, 2), ("uni_pc_order", 2, 2), ("samples_format", "jpg", 0)]
+    )
+    def test_an_option_of_the_webui_that_a_picture_depends_on_makes_them_anew(self, guided, option, value, new):
+        guided.run(f"a cat {TAG}")
+        made = guided.jobs
+        setattr(guided.shared.opts, option, value)
+        guided.run(f"a cat {TAG}")
+        assert guided.jobs == made + 1 + new
+
+    def test_token_merging_by_which_a_job_differs_from_the_options_makes_them_anew(self, guided, monkeypatch):
+        guided.run(f"a cat {TAG}")
+        made = guided.jobs
+        monkeypatch.setattr(Processing, "get_token_merging_ratio", lambda p: 0.5, raising=False)
+        guided.run(f"a cat {TAG}")
+        assert guided.jobs == made + 3
+
+    def test_what_is_kept_holds_no_option_as_it_is_written(self, guided):
+        guided.shared.opts.another_api_key = "secret-7f3a"
+        guided.run(f"a cat {TAG}")
+        entries = guided.host.reference_cache.entries()
+        assert entries
+        assert all(b"secret-7f3a" not in entry.path.read_bytes() for entry in entries)
+
+    @pytest.mark.parametrize(
         ("settings", "new"),
         [
             ({"subject_weight": 0.9}, 1),
