@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,11 +55,67 @@ class PatchedLayer(ABC):
         return self._own_forward(*args, **kwargs)
 
 
+class Uncompiled:
+    """torch.compile's programs in a model, taken out of the way while ours is on its layers: they were made of the layers' own forwards."""
+
+    def __init__(self, model: nn.Module):
+        self._wrappers = [_Uncompiled(name, part) for name, part in model.named_modules() if is_compiled(part)]
+        self._in_place = [part for part in model.modules() if getattr(part, "_compiled_call_impl", None) is not None]
+        self._programs: list[Any] | None = None
+
+    def attach(self) -> None:
+        """Run the model as it is written."""
+        for wrapper in self._wrappers:
+            wrapper.attach()
+        if self._programs is None:
+            self._programs = [part._compiled_call_impl for part in self._in_place]
+            for part in self._in_place:
+                part._compiled_call_impl = None
+
+    def detach(self) -> None:
+        """Put the programs back."""
+        for part, program in zip(self._in_place, self._programs or ()):
+            part._compiled_call_impl = program
+        self._programs = None
+        for wrapper in self._wrappers:
+            wrapper.detach()
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model runs as it is written."""
+    programs = Uncompiled(model)
+    programs.attach()
+    try:
+        yield
+    finally:
+        programs.detach()
+
+
+class _Uncompiled(PatchedLayer):
+    """A module that torch.compile has put around another one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module._orig_mod(*args, **kwargs)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what torch.compile has put around another one."""
+    return "_orig_mod" in module._modules
+
+
+def own_name(name: str) -> str:
+    """A part's name in its model without what torch.compile adds to it."""
+    return ".".join(piece for piece in name.split(".") if piece != "_orig_mod")
+
+
 def hooked_by_others(model: nn.Module) -> bool:
     """Whether somebody has hooks or a forward of their own on the model, or on a part of it: they may count on calls that have the rows
     that the host gives them. To be asked while nothing of ours is attached.
     """
-    return any("forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    return any(
+        ("forward" in part.__dict__ and not is_compiled(part)) or part._forward_hooks or part._forward_pre_hooks for part in model.modules()
+    )
 
 
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,4 +123,4 @@ def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-__all__ = ["PatchedLayer", "argument", "hooked_by_others"]
+__all__ = ["PatchedLayer", "Uncompiled", "argument", "hooked_by_others", "is_compiled", "own_name", "uncompiled"]

@@ -47,7 +47,7 @@ from .decisions import Decisions
 from .folding import OwnWeight
 from .layer import FusedLayer, FusedSite
 from .norm import ShiftedNorm
-from .patching import PatchedLayer, argument
+from .patching import PatchedLayer, Uncompiled, argument, own_name, uncompiled
 from .predictions import Call, Predictions
 from .rewriting import Binding, Rewriting
 from .rows import Rows
@@ -121,6 +121,7 @@ class FusionSession:
                 reason = compatible(other, file)
                 if reason:
                     raise FusionError(reason)
+        self.shapes = layer_shapes(model)
         self.settings = settings
         self.report = Report()
         self._model = model
@@ -135,9 +136,9 @@ class FusionSession:
         watched = watched and not (rule.measures or rule.rewrites or rule.composes)
         self._state = FusionState(settings, rule, schedules, watched)
         self._depth = 0
+        self._compiled = Uncompiled(model)
         modules = _layers(model)
-        self.shapes = layer_shapes(model)
-        weights = weight_of or _own_weight, own_weight or _own_weight
+        weights = weight_of or weight_in_memory, own_weight or _own_weight
         self.layers = _find_layers(modules, files, len(subjects), self._state, weights, self.report)
         nothing_wanted = not rule.measures and all(schedule.full == 0 for schedule in schedules)
         if not self.report.matched and not self.report.one_sided and not nothing_wanted:
@@ -216,18 +217,17 @@ class FusionSession:
         try:
             if self._depth == 1:
                 self._decisions.call_begins()
-                for layer in self.layers:
-                    layer.attach()
+                self._attach()
                 state.active = True
             yield self
             if self._depth == 1:
                 self._decisions.call_ends()
+                self._refuse_other_programs()
         finally:
             self._depth -= 1
             if self._depth == 0:
                 state.active = False
-                for layer in self.layers:
-                    layer.detach()
+                self._detach()
             state.rows = rows if rows is not None else before
 
     def predict(self, call: Call, rows: Rows | None = None, scale: float = 1.0) -> Any:
@@ -315,16 +315,33 @@ class FusionSession:
         self._depth += 1
         try:
             if self._depth == 1 and members:
-                for layer in self.layers:
-                    layer.attach()
+                self._attach()
             state.only, state.rows, state.active = members, rows, bool(members)
             yield
         finally:
             state.only, state.rows, state.active = before
             self._depth -= 1
             if self._depth == 0:
-                for layer in self.layers:
-                    layer.detach()
+                self._detach()
+
+    def _refuse_other_programs(self) -> None:
+        """No picture is plain in silence where something else computes in their place. Later calls may leave layers out, as caches do."""
+        sites = [site for layer in self.layers if isinstance(layer, FusedLayer) for site in layer.sites]
+        if self._decisions.begun == 1 and sites and all(site.operators is None for site in sites):
+            raise FusionError(
+                "None of the layers that the LoRAs change was run: another program computes in their place "
+                "(as torch.compile around more than the model, or TensorRT)."
+            )
+
+    def _attach(self) -> None:
+        self._compiled.attach()
+        for layer in self.layers:
+            layer.attach()
+
+    def _detach(self) -> None:
+        for layer in self.layers:
+            layer.detach()
+        self._compiled.detach()
 
     def __enter__(self) -> FusionSession:
         self._context = self._attached_for_many_calls()
@@ -334,11 +351,12 @@ class FusionSession:
     def _attached_for_many_calls(self) -> Iterator[FusionSession]:
         """Each call of the model is a step of its own."""
         marker = _StepMarker(self._model, self)
-        marker.attach()
-        try:
-            yield self
-        finally:
-            marker.detach()
+        with uncompiled(self._model):  # around the marker, which has to be met in every call
+            marker.attach()
+            try:
+                yield self
+            finally:
+                marker.detach()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._context.__exit__(kind, error, trace)
@@ -405,7 +423,7 @@ def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """Known by what they hold, not by their class: hosts make their own. An RMS norm's gain is called scale in BFL's Flux."""
     return {
-        name: module
+        own_name(name): module
         for name, module in model.named_modules()
         if getattr(module, "weight", None) is not None or isinstance(getattr(module, "scale", None), Tensor)
     }
@@ -413,6 +431,18 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _own_weight(module: nn.Module) -> Tensor:
     return module.weight
+
+
+def weight_in_memory(module: nn.Module) -> Tensor:
+    """A layer's weight, also where accelerate holds it somewhere else until the layer is run. Raises FusionError."""
+    weight = module.weight
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not weight.is_meta:
+        return weight
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "weights_map", None) is not None:
+            return one.weights_map["weight"]
+    raise FusionError("Some of these LoRAs depend on the model's weights, which are not in memory: load it without offloading.")
 
 
 def _find_layers(
@@ -544,4 +574,4 @@ def _made_for(file: LoraFile) -> str:
     return "an unknown base model" if layer is None else f"a base model with layers such as {layer}"
 
 
-__all__ = ["FusionError", "FusionSession", "Report", "factors_by_block", "fuse", "layer_shapes", "members_of"]
+__all__ = ["FusionError", "FusionSession", "Report", "factors_by_block", "fuse", "layer_shapes", "members_of", "weight_in_memory"]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...fusion import FusionSession, Report, Rows, Trace
 from ...fusion.batches import ModelCall
 from ...fusion.calibration import Correlations, SeenEnough
+from ...fusion.patching import is_compiled, uncompiled
 from ...guidance.encoders import Encoders, load_encoders
 from ...guidance.guide import GuidanceRecord, wants_guidance
 from ...guidance.references import Reference, reference_of_given, sides_needed
@@ -288,6 +289,7 @@ class FusedPipeline:
             return result
 
         with ExitStack() as stack:
+            stack.enter_context(uncompiled(_part(self.pipeline)))
             stack.enter_context(wrapped(denoiser(self.pipeline), "forward", around))
             if call:
                 stack.enter_context(call.during_denoising())
@@ -385,7 +387,12 @@ class _Showing(FusedPipeline):
 
 
 def denoiser(pipeline: Any) -> nn.Module:
-    """The pipeline's U-Net or transformer. Raises PipelineError."""
+    """The pipeline's U-Net or transformer, without what torch.compile puts around it. Raises PipelineError."""
+    found = _part(pipeline)
+    return found._orig_mod if is_compiled(found) else found
+
+
+def _part(pipeline: Any) -> nn.Module:
     found = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     if not isinstance(found, nn.Module):
         raise PipelineError(f"{type(pipeline).__name__} has no U-Net or transformer to fuse on.")
