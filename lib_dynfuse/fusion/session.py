@@ -33,6 +33,7 @@ from ..lora import (
     denoiser_aliases,
     is_attention,
     layer_label,
+    misfit,
     norms_by_layer,
 )
 from ..lora.branch import Dense, LoraError, LowRank, NormShift
@@ -122,6 +123,9 @@ class FusionSession:
                 if reason:
                     raise FusionError(reason)
         self.shapes = layer_shapes(model)
+        for file in files:
+            if reason := misfit(file, self.shapes):
+                raise FusionError(reason)
         self.settings = settings
         self.report = Report()
         self._model = model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .branch import Branch, Dense, FromWeight, LoraError, LowRank, NormShift, bound
-from .families import Family, family, has_variable_input, knowing
+from .families import Family, Layers, families_of_model, family, has_variable_input, knowing
 from .naming import Alias, Part, Site
 from .reader import LoraFile
 
@@ -165,6 +165,16 @@ def compatible(a: LoraFile, b: LoraFile) -> str | None:
     return None
 
 
+def misfit(file: LoraFile, layers: Layers) -> str | None:
+    """Why a LoRA cannot be used on a model with these layers, in a sentence; None if nothing speaks against it. That layers fit says
+    little: other models name theirs as Flux does, and have some of its sizes.
+    """
+    made, model = _base_models(file), {known.name for known in families_of_model(layers)}
+    if not made or not model or _with_relatives(made) & _with_relatives(model):
+        return None
+    return f"{file.path.name} was made for {_either(made)}, and the model is {_either(model)}."
+
+
 def shared_families(files: Sequence[LoraFile]) -> list[Family]:
     """The families that all of these files may be for, as far as their layers tell; where one file names its own, that alone."""
     if name := next((file.family for file in files if file.family is not None), None):
@@ -200,4 +210,4 @@ def _times(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
 
-__all__ = ["SiteBranch", "branches_by_site", "compatible", "naming_family", "norms_by_layer", "shared_families"]
+__all__ = ["SiteBranch", "branches_by_site", "compatible", "misfit", "naming_family", "norms_by_layer", "shared_families"]

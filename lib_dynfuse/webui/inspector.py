@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from ..hosts.webui.host import WebUIHost
-from ..lora import LoraError, LoraFile, branches_by_site, compatible, denoiser_aliases
+from ..lora import LoraError, LoraFile, branches_by_site, compatible, denoiser_aliases, misfit
 from ..lora.families import Shape
 from ..lora.naming import Alias
 from ..lora.report import describe_pair, ranks
@@ -65,7 +65,7 @@ def _misfits(layers: Mapping[str, Shape | None] | None, files: Sequence[LoraFile
     return [
         f"{printable(file.name)} does not fit the checkpoint that is loaded: it was made for {file.family or 'another base model'}."
         for file in files
-        if file.denoiser and not _fits(file, aliases, layers)
+        if file.denoiser and (misfit(file, layers) or not _fits(file, aliases, layers))
     ]
 
 

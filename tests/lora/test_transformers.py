@@ -18,6 +18,7 @@ from lib_dynfuse.lora import (
     denoiser_aliases,
     is_attention,
     layer_label,
+    misfit,
     read_lora,
     write_merged,
 )
@@ -282,6 +283,32 @@ def test_which_files_go_together(tmp_path):
         "Flux.safetensors was made for Flux and klein.safetensors for Flux.2 Klein 4B: both must be for the same base model."
     )
     assert "attention.safetensors was made for Chroma or Flux or Flux.2 Klein 4B" in compatible(attention, qwen)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "endings", "model", "said"),
+    [
+        ("Qwen-Image", (), "Flux", "was made for Qwen-Image, and the model is Flux"),
+        ("Flux", (), "Qwen-Image", "was made for Flux, and the model is Qwen-Image"),
+        ("Flux.2 Klein 4B", (".linear1",), "Flux", "was made for Flux.2 Klein 4B, and the model is Flux"),
+        ("Flux", (), "Flux.2 Klein 4B", "was made for Flux, and the model is Flux.2 "),
+        ("Flux", (), "Chroma", None),
+        ("Chroma", (), "Flux", None),
+        ("Flux.2 Klein 4B", (".img_attn.qkv",), "Flux", None),  # the same names and sizes, and no word of another model
+        ("Lumina 2", (), "Z-Image", "was made for Lumina 2, and the model is Z-Image"),
+        ("Qwen-Image", (), "SDXL", "was made for Qwen-Image, and the model is SD 1.x or SD 2.x or SDXL"),
+    ],
+)
+def test_a_file_is_refused_on_a_model_of_another_family_even_where_names_and_sizes_agree(tmp_path, made_for, endings, model, said):
+    file = file_of(tmp_path, layers_of(made_for, *endings, blocks=2))
+    reason = misfit(file, reference_layers(model))
+    assert reason is None if said is None else said in reason
+
+
+def test_a_file_of_an_unknown_family_and_a_model_of_one_are_left_to_their_layers(tmp_path):
+    file = file_of(tmp_path, {"blocks.0.self_attn.q": (8, 8)})
+    assert misfit(file, reference_layers("Flux")) is None
+    assert misfit(file_of(tmp_path, layers_of("Flux", blocks=2)), {"blocks.0.self_attn.q": (8, 8)}) is None
 
 
 def test_what_several_families_may_have_is_merged_under_the_names_that_they_share(tmp_path):

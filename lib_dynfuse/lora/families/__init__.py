@@ -95,6 +95,11 @@ def denoiser_aliases(layers: Iterable[str] | Layers) -> dict[str, list[Alias]]:
     return _first_named(found if found is not None else ((flat(name), [Alias(Site(name))]) for name in shapes))
 
 
+def families_of_model(layers: Layers) -> list[Family]:
+    """The families whose scheme a model's layers are in: those of U-Nets have one scheme; none for a model of another kind."""
+    return [known for known in FAMILIES if known.aliases(layers) is not None]
+
+
 def _first_named(pairs: Iterable[tuple[str, list[Alias]]]) -> dict[str, list[Alias]]:
     aliases: dict[str, list[Alias]] = {}
     for name, targets in pairs:
@@ -184,6 +189,7 @@ __all__ = [
     "Shape",
     "block_label",
     "denoiser_aliases",
+    "families_of_model",
     "family",
     "has_variable_input",
     "is_attention",
