@@ -423,7 +423,7 @@ class FuseSettings:
     )
     negative_weight: float = setting(
         1.0,
-        "Weight in the negative prompt",
+        "Negative prompt weight",
         "Factor on the LoRAs where the model sees the negative prompt, in the denoiser. 1: as for the prompt. 0: none of them there "
         "(CRAFT-LoRA's asymmetric guidance).",
         minimum=0.0,

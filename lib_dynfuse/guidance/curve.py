@@ -51,7 +51,8 @@ def draw(record: GuidanceRecord, width: int = 640) -> Image.Image:
     bottom, top, interval = _range(values[:, shown])
 
     legend = _legend(record, values, width - 2 * _MARGIN, _decimals(interval) + 1)
-    head = _LINE * (1 + max(row for row, *_ in legend)) + _LINE + 6
+    heading = _heading(record, images, width - 2 * _MARGIN)
+    head = _LINE * (1 + max(row for row, *_ in legend)) + _LINE * len(heading) + 6
     plot_width = width - 2 * _MARGIN - _AXIS_WIDTH
     left, upper = _MARGIN + _AXIS_WIDTH, _MARGIN + head
     picture = Image.new("RGB", (width, upper + _PLOT_HEIGHT + _LINE + 6 + _MARGIN), _BACKGROUND)
@@ -64,7 +65,8 @@ def draw(record: GuidanceRecord, width: int = 640) -> Image.Image:
             continue
         pen.canvas.rectangle((_MARGIN + x, y + 2, _MARGIN + x + 12, y + 14), fill=colour)
         pen.text((_MARGIN + x + 20, y), label)
-    pen.text((_MARGIN, upper - _LINE - 4), _heading(record, images), _FAINT_INK)
+    for above, line in enumerate(reversed(heading), 1):
+        pen.text((_MARGIN, upper - _LINE * above - 4), line, _FAINT_INK)
 
     places = [_place(step, record.total_steps, plot_width) for step in record.steps]
     heights = (_PLOT_HEIGHT - 1) * (1 - (values - bottom) / (top - bottom))
@@ -78,9 +80,15 @@ def draw(record: GuidanceRecord, width: int = 640) -> Image.Image:
     return picture
 
 
-def _heading(record: GuidanceRecord, images: int) -> str:
-    what = "Cosine similarity before each step's correction" + (f", mean of {images} images" if images > 1 else "")
-    return what + (f"; limited {record.bites} times" if record.bites else "")
+def _heading(record: GuidanceRecord, images: int, width: int) -> list[str]:
+    """What is shown, in as many lines as it needs."""
+    pen = _Pen(Image.new("RGB", (1, 1)))
+    lines = ["Cosine similarity before each step's correction"]
+    said = [f"mean of {images} images"] * (images > 1) + [f"limited {record.bites} times"] * bool(record.bites)
+    for part in said:
+        longer = f"{lines[-1]}, {part}"
+        lines[-1:] = [longer] if pen.width(longer) <= width else [f"{lines[-1]},", part]
+    return lines
 
 
 def _legend(record: GuidanceRecord, values: Tensor, width: int, decimals: int) -> list[tuple[int, int, str, Colour | None]]:

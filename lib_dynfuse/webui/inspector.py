@@ -34,11 +34,12 @@ def chosen_html(host: WebUIHost, tab: str, subjects: Sequence[str] | None, style
             lines.append(_warning(str(error)))
             continue
         lines.append(_about(read[name], host.catalogue.activation_text(name), tab))
-    lines += map(_warning, _misfits(host.loaded_layers(), list(read.values())))
+    misfits = _misfits(host.loaded_layers(), list(read.values()))
+    lines += map(_warning, misfits)
     for one, other in itertools.combinations(read.values(), 2):
         if reason := compatible(one, other):
             lines.append(_warning(reason))
-        elif len(names) == 2:
+        elif len(names) == 2 and not misfits:
             lines += [f"<p>{html.escape(line)}</p>" for line in describe_pair(one, other)]
     return f'<div class="dynfuse-chosen">{"".join(lines)}</div>'
 

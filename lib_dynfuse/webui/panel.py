@@ -42,20 +42,19 @@ BETWEEN = "tilt"
 TOP_ROW = ("method", "contrast")
 ADVANCED_ROWS = (
     ("criterion",),
-    ("te_weight", "bias"),
-    ("granularity", "scope", "one_sided"),
-    ("temperature", "balance"),
-    ("decide", "decide_every", "vote_tokens"),
-    ("style_contrast", "subject_contrast", "contrast_every"),
-    ("contrast_start", "contrast_end", "negative_weight"),
+    ("granularity", "scope", "one_sided", "temperature", "balance", "decide"),
+    ("te_weight", "bias", "decide_every", "vote_tokens", "negative_weight", "loser"),
+    ("style_contrast", "subject_contrast", "contrast_every", "contrast_start", "contrast_end"),
+    ("switch_every", "density", "dare_seed"),
     ("subject_weight_text", "style_weight_text"),
-    ("hr", "subject_blocks", "style_blocks"),
+    ("subject_blocks", "style_blocks"),
+    ("hr",),
 )
 GUIDANCE_ROWS = (
-    ("guidance", "m"),
-    ("content_weight", "style_clip_weight", "style_dino_weight"),
-    ("start", "end", "every"),
-    ("gradient", "decoder", "limit"),
+    ("guidance",),
+    ("m", "limit"),
+    ("content_weight", "style_clip_weight", "style_dino_weight", "start", "end", "every"),
+    ("gradient", "decoder"),
 )
 PROMPT_PLACEHOLDER = "LoRA's activation text, else the prompt"
 PLACEHOLDERS = {"hr": "0.7 or 0.7/1", "subject_blocks": BLOCKS_EXAMPLE, "style_blocks": BLOCKS_EXAMPLE}
@@ -70,7 +69,12 @@ def _unplaced() -> list[tuple[str, ...]]:
     sides = (*LORA_FIELDS, *(f"{side}_{part}" for side in LORA_FIELDS for part in ("weight", "prompt", "image")), "reference_seed")
     placed = {*sides, BETWEEN, tuning.SETTING, *TOP_ROW, *(name for row in (*ADVANCED_ROWS, *GUIDANCE_ROWS) for name in row)}
     left = [name for name in field_types() if name not in placed]
-    return [tuple(left[start : start + 3]) for start in range(0, len(left), 3)]
+    return [tuple(left)] if left else []
+
+
+def _row(names: Sequence[str]) -> list[str]:
+    """Classes of a row: more than two controls stand in columns of one width, as many as the panel has room for."""
+    return ["dynfuse-row", "dynfuse-columns"] if len(names) > 2 else ["dynfuse-row"]
 
 
 @dataclass(frozen=True)
@@ -170,23 +174,23 @@ def build(tab: str, host: WebUIHost) -> Panel:
         with gr.Row(elem_classes=["dynfuse-row"]):
             for name in TOP_ROW:
                 add(name)
-            with gr.Column(elem_classes=["dynfuse-presets"], scale=0, min_width=120):
-                presets = {name: gr.Button(f"Preset: {name}", elem_id=element(f"preset_{name}"), size="sm") for name in PRESETS}
         chosen_so = [fields[name] for name in TOP_ROW]
         said = _explained(*map(default_value, TOP_ROW))
         explained = gr.HTML(value=said, elem_id=element("method_text"), elem_classes=["dynfuse-kept"])
         for control in chosen_so:
             _quietly(control.change, _explained, inputs=chosen_so, outputs=[explained])
+        with gr.Row(elem_classes=["dynfuse-row", "dynfuse-presets"]):
+            presets = {name: gr.Button(f"Preset: {name}", elem_id=element(f"preset_{name}"), size="sm", min_width=60) for name in PRESETS}
         own = own_presets.build(element, host)
         tune = tuning.build(element, add)
         with gr.Accordion("Advanced", open=False, elem_id=element("advanced"), elem_classes=["dynfuse-advanced"]):
             for row in (*ADVANCED_ROWS, *_unplaced()):
-                with gr.Row(elem_classes=["dynfuse-row"]):
+                with gr.Row(elem_classes=_row(row)):
                     for name in row:
                         add(name)
         with gr.Accordion("Guidance", open=False, elem_id=element("guidance_part"), elem_classes=["dynfuse-advanced", "dynfuse-guidance"]):
             for row in GUIDANCE_ROWS:
-                with gr.Row(elem_classes=["dynfuse-row"]):
+                with gr.Row(elem_classes=_row(row)):
                     for name in row:
                         add(name)
             with gr.Row(elem_classes=["dynfuse-pair", "dynfuse-row"]):

@@ -56,9 +56,9 @@ def build(element: Callable[[str], str]) -> Result:
             picture = gr.Dropdown(label="Picture", choices=[], value=None, visible=False, elem_id=element("picture"))
             view = gr.Radio(label="Map", choices=list(results.VIEWS), value=results.USED, visible=False, elem_id=element("view"))
         with gr.Row(elem_classes=["dynfuse-result-row"]):
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=3, min_width=320, elem_classes=["dynfuse-map-part"]):
                 shown = gr.HTML(value="", elem_id=element("result"), elem_classes=["dynfuse-result"])
-            with gr.Column(scale=2, min_width=260):
+            with gr.Column(scale=2, min_width=320):
                 beside = gr.HTML(value="", elem_id=element("beside"), elem_classes=["dynfuse-result"])
                 with gr.Column(visible=False, elem_id=element("saving"), elem_classes=["dynfuse-saving"]) as save:
                     name = gr.Textbox(label="Save as one LoRA", value="", max_lines=1, elem_id=element("saving_name"))

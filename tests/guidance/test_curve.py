@@ -149,12 +149,15 @@ def test_without_anything_to_show_there_is_still_a_picture(record):
     assert all(not len(places(picture, colour)[0]) for colour in COLOURS)
 
 
+@pytest.mark.parametrize("bites", [0, 1200])
 @pytest.mark.parametrize("width", [100, 480, 640, 1000])
-def test_the_picture_has_the_width_asked_for_unless_its_text_needs_more(width):
-    picture = draw(a_record(ramp(50, 4)), width)
+def test_the_picture_has_the_width_asked_for_unless_its_text_needs_more(width, bites):
+    record = a_record(ramp(50, 24))
+    record.bites = bites
+    picture = draw(record, width)
     assert picture.width == max(width, 480)
     # Nothing but background at the right edge: no text is cut off.
-    assert all(picture.getpixel((picture.width - 2, y)) == (255, 255, 255) for y in range(LEGEND))
+    assert all(picture.getpixel((picture.width - 2, y)) == (255, 255, 255) for y in range(picture.height))
 
 
 def test_without_a_font_pillows_own_is_used(monkeypatch):

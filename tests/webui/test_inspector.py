@@ -46,6 +46,7 @@ class TestChosen:
         host.layers = {LAYER: shape}
         said = chosen_html(host, "txt2img", ["dog"], ["watercolor"])
         assert said.count("does not fit the checkpoint that is loaded: it was made for SD 1.x") == (0 if fits else 2)
+        assert ("go together" in said) == fits
 
     def test_a_checkpoint_without_their_layers_is_a_warning(self, host):
         host.layers = {"double_blocks.0.img_attn.qkv": (9216, 3072)}
