@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 import sys
 import time
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return cli.main(arguments[1:])
         options = _parser().parse_args(arguments)
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
@@ -88,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refused("The GPU's memory is too small for this: try a smaller --size, a smaller --batch-size or --dtype float16.")
     except (LoraError, SettingsError, FusionError, EncoderError, EvaluationError) as error:
         return _refused(str(error))
+    except BrokenPipeError:
+        # Who reads the output, such as head, has enough. The interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         return _refused(f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.")
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -447,6 +448,18 @@ def test_a_model_that_cannot_be_loaded_is_refused_in_a_sentence(tiny, tmp_path, 
 def test_a_bad_setting_is_refused_before_files_are_read():
     with pytest.raises(SettingsError):
         settings_of("--method", "magic")
+
+
+def test_a_reader_who_has_seen_enough_of_the_output_is_told_nothing():
+    lora = ROOT / "dynfuse_world/weights/loras/zib.safetensors"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "lib_dynfuse", "inspect", lora], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=120
+    )
+    os.close(write)
+    assert done.returncode == 1
+    assert done.stderr == b""
 
 
 def test_python_m_runs_the_command_line():
