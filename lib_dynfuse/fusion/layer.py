@@ -133,7 +133,7 @@ class FusedLayer(PatchedLayer):
         if not (y.is_contiguous() or (self.convolution and y.is_contiguous(memory_format=torch.channels_last))):
             return y.contiguous()
         # Three holders: the caller's variable, this one and the counting itself. One more is somebody who keeps the output.
-        fresh = sys.getrefcount(y) <= 3 and (y.is_meta or y.data_ptr() != x.data_ptr())
+        fresh = sys.getrefcount(y) <= 3 and (y.is_meta or (y.data_ptr() != x.data_ptr() and not _is_a_piece(y)))
         return y if fresh and not self._had_instance_forward and not torch.is_grad_enabled() else y.clone()
 
     def operators_of(self, site: FusedSite, device: torch.device, dtype: torch.dtype) -> Operators:
@@ -359,6 +359,11 @@ class FusedLayer(PatchedLayer):
         if site.ballot is not None and view.put(site.ballot, site.place, entries, state):
             return
         state.collected.append((site.number, entries.images, self._votes(site, operators, view, entries.positions)))
+
+
+def _is_a_piece(tensor: Tensor) -> bool:
+    """Whether it lies in a larger memory, which somebody else may hold."""
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -40,20 +40,20 @@ class Module:
 class FakeA1111(FakeWebUI):
     def __init__(self, files, **kwargs):
         super().__init__(files, **kwargs)
-        merge = self.merge
+        run = self.run_layer
 
         class Linear(nn.Linear):
             def forward(self, x):
-                merge(self)
-                return F.linear(x, self.weight, self.bias)
+                return run(self, x, lambda: F.linear(x, self.weight, self.bias))
 
         class Conv2d(nn.Conv2d):
             def forward(self, x):
-                merge(self)
-                return self._conv_forward(x, self.weight, self.bias)
+                return run(self, x, lambda: self._conv_forward(x, self.weight, self.bias))
 
         self.linear, self.convolution = Linear, Conv2d
-        self.networks.network_apply_weights = merge
+        self.networks.network_apply_weights = self.merge
+        self.networks.network_restore_weights_from_backup = restore
+        self.networks.network_reset_cached_weight = forget
         self.networks.assign_network_names_to_compvis_modules = name_layers
         self.shared.sd_model = self.checkpoint("base", seed=0)
 
@@ -70,6 +70,21 @@ class FakeA1111(FakeWebUI):
         name_layers(model)
         return model
 
+    def run_layer(self, layer, x, own):
+        """networks.network_Linear_forward and the functional way (networks.py:528, 567)."""
+        if not self.shared.opts.lora_functional:
+            self.merge(layer)
+            return own()
+        if not self.networks.loaded_networks:
+            return own()
+        restore(layer)
+        forget(layer)
+        y = own()
+        for net in self.networks.loaded_networks:
+            if (module := net.modules.get(getattr(layer, "network_layer_name", None))) is not None:
+                y = module.forward(x, y)
+        return y
+
     def merge(self, layer):
         """networks.network_apply_weights (networks.py:411)."""
         name = getattr(layer, "network_layer_name", None)
@@ -80,7 +95,7 @@ class FakeA1111(FakeWebUI):
             layer.network_weights_backup = layer.weight.clone()
         if getattr(layer, "network_current_names", ()) == wanted:
             return
-        layer.weight.copy_(layer.network_weights_backup)
+        restore(layer)
         for net in self.networks.loaded_networks:
             if name in net.modules:
                 change, shift = net.modules[name].calc_updown(layer.weight)
@@ -109,6 +124,15 @@ class FakeA1111(FakeWebUI):
 
     def denoiser_class(self):
         return CFGDenoiser
+
+
+def restore(layer):
+    if getattr(layer, "network_weights_backup", None) is not None:
+        layer.weight.copy_(layer.network_weights_backup)
+
+
+def forget(layer):
+    layer.network_current_names, layer.network_weights_backup = (), None
 
 
 class Wrapped(nn.Module):

@@ -161,3 +161,28 @@ def test_a_float32_layer_under_autocast_is_fused_in_the_types_of_its_output(mode
         for name, output in two.items():
             assert output.dtype == torch.bfloat16
             torch.testing.assert_close(output.float(), one[name], rtol=0.05, atol=0.1)
+
+
+class Keeping(nn.Linear):
+    """Hands out what it keeps: `kept` may be the output, or a larger memory that it lies in."""
+
+    def forward(self, x):
+        return self.kept if self.whole else self.kept[0]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_layer_keeps_of_its_output_is_not_written_to(pair, x, mode, whole):
+    name = ATTENTION[0]
+    model = tokens_model((name,))
+    layer = model.get_submodule(name)
+    layer.__class__, layer.whole = Keeping, whole
+    with mode():
+        output = nn.functional.linear(x, layer.weight, layer.bias)
+        layer.kept = output.clone() if whole else torch.stack([output, output])
+        before = layer.kept.clone()
+        with fuse(model, *pair, FuseSettings(method="direct")):
+            fused = [model(x)[name].clone() for _ in range(3)]
+        assert torch.equal(layer.kept, before)
+        assert not torch.equal(fused[0], output)
+        torch.testing.assert_close(fused[2], fused[0])

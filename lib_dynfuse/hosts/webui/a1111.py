@@ -147,6 +147,9 @@ class A1111Samplers(Samplers):
 class A1111TextEncoders(TextEncoders):
     """The parts are one more network of the Lora extension, which merges it with its own."""
 
+    def __init__(self) -> None:
+        self._labels: set[str] = set()  # of all that may still be in a layer
+
     def add(self, text: TextParts) -> list[str]:
         import networks
         from modules import shared
@@ -158,6 +161,7 @@ class A1111TextEncoders(TextEncoders):
         modules, unmatched = text_modules(text, mapping)
         if modules:
             networks.loaded_networks.append(TextNetwork(text.label, modules))
+            self._labels.add(text.label)
         return unmatched
 
     def remove(self) -> None:
@@ -166,10 +170,42 @@ class A1111TextEncoders(TextEncoders):
         # In place: the other parts of the Lora extension hold the same list.
         networks.loaded_networks[:] = [net for net in networks.loaded_networks if not getattr(net, "is_dynfuse", False)]
 
+    def take_leftovers_back(self, of_others: bool) -> None:
+        """Layers give up what was merged into them when they are next run; not so under the option lora_functional where no LoRA is asked
+        for any more (networks.py:533): their weights then are those of the last job before the option was set.
+        """
+        import networks
+        from modules import shared
+
+        if not getattr(shared.opts, "lora_functional", False) or not (of_others or self._labels):
+            return
+        for layer in (getattr(shared.sd_model, "network_layer_mapping", None) or {}).values():
+            merged = getattr(layer, "network_current_names", ())
+            if merged and (of_others or any(name in self._labels for name, *_ in merged)):
+                networks.network_restore_weights_from_backup(layer)
+                networks.network_reset_cached_weight(layer)
+        self._labels.clear()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """A network makes every layer that is run keep a copy of its weight and restore it, also those that it does not change
+        (networks.py:411): of the text encoders' that would be a second U-Net in memory.
+        """
+        import networks
+
+        ours = [net for net in networks.loaded_networks if getattr(net, "is_dynfuse", False)]
+        self.remove()
+        try:
+            yield
+        finally:
+            networks.loaded_networks.extend(ours)
+
 
 NEEDS = (
     Value("networks", "loaded_networks"),
     Call("networks", "network_apply_weights", 1),
+    Call("networks", "network_restore_weights_from_backup", 1),
+    Call("networks", "network_reset_cached_weight", 1),
     Call("networks", "assign_network_names_to_compvis_modules", 1),
 )
 

@@ -73,6 +73,7 @@ class JobSeams:
         self._unseen: list[FusionJob] = []
         self._text_label: str | None = None
         self._text_parts_in = False  # or may be, after an error
+        self._text_parts_seen = False  # whether there ever were any
 
     def wrappings(self) -> list[Wrapping]:
         """Of all seams."""
@@ -190,6 +191,7 @@ class JobSeams:
             # Forge activates the tags again when the refiner takes over in the middle of a pass; A1111 does not.
             if job is None or job.current is None or not job.current.denoising:
                 self._begin_pass(p, data)
+        self._take_leftovers_back()
         return original(p, extra_network_data, *args, **kwargs)
 
     def _is_unseen(self, p: Any) -> bool:
@@ -262,7 +264,7 @@ class JobSeams:
         assert active.request is not None
         if active.request.text is None:
             return
-        self._text_parts_in = True
+        self._text_parts_in = self._text_parts_seen = True
         try:
             unmatched = self._roles.text_encoders.add(active.request.text)
         except Exception as reason:
@@ -272,6 +274,11 @@ class JobSeams:
             return
         if unmatched:
             active.note(f"{len(unmatched)} layers of the LoRAs' text-encoder parts are not in this model (such as {unmatched[0]}).")
+
+    def _take_leftovers_back(self) -> None:
+        fused = self._active is not None and self._active.request is not None
+        if fused or self._text_parts_seen:
+            self._roles.text_encoders.take_leftovers_back(fused)
 
     def _take_text_parts_back(self) -> None:
         """A WebUI that never merged anything of ours is not even looked at."""
@@ -293,7 +300,8 @@ class JobSeams:
         if current is None:
             return original(cfg_denoiser, *args, **kwargs)
         try:
-            return current.denoise(cfg_denoiser, functools.partial(original, cfg_denoiser), args, kwargs)
+            with self._roles.text_encoders.aside():
+                return current.denoise(cfg_denoiser, functools.partial(original, cfg_denoiser), args, kwargs)
         except RuntimeError as error:
             outer = next((job for job in reversed(self._jobs) if job is not cfg_denoiser.p), None)
             if outer is not None and not is_reference(cfg_denoiser.p) and str(error).startswith("DynFuse"):

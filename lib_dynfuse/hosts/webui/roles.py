@@ -141,6 +141,14 @@ class TextEncoders(ABC):
     def remove(self) -> None:
         """Take out whatever add has put in, at any time, also of a job that died."""
 
+    def take_leftovers_back(self, of_others: bool) -> None:
+        """Before a pass: take out what the host will not, of the parts' layers. of_others: whatever LoRA is in whichever layer."""
+        return
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Inside, the denoiser is run, which the parts do not concern."""
+        return nullcontext()
+
 
 class Checkpoints:
     """What a reference depends on beside the LoRAs."""

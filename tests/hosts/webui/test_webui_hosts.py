@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib_dynfuse.hosts.webui.a1111 import A1111
+from lib_dynfuse.hosts.webui.host import WebUIHost
+from lib_dynfuse.text.tag import parse_tags
 from lib_dynfuse.webui import results, saving
 from tests.fakes.models import UNet, write_lora
 from tests.fakes.webui import HOOKS, Processing
@@ -755,6 +758,51 @@ def tensors_alive():
 
     gc.collect()
     return sum(1 for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+
+
+class TestA1111:
+    """Its two ways with LoRAs: merged into the weights, and (the option lora_functional) added in each forward."""
+
+    FUSED = "a cat <dynfuse:dog:watercolor:method=direct{}>"
+
+    @pytest.fixture
+    def host_name(self):
+        return "a1111"
+
+    def test_the_text_parts_make_no_copies_of_the_unet(self, webui):
+        webui.run(self.FUSED.format(""))
+        layers = list(webui.shared.sd_model.model.diffusion_model.modules())
+        assert not any(getattr(layer, "network_weights_backup", None) is not None for layer in layers)
+        assert not any(getattr(layer, "network_current_names", ()) for layer in layers)
+
+    def test_they_are_the_hosts_again_after_each_call(self, webui):
+        seen = []
+        p = Processing(self.FUSED.format(""), callbacks={"post_sample": lambda p: seen.append([n.name for n in networks()])})
+
+        def networks():
+            return [net for net in webui.networks.loaded_networks if getattr(net, "is_dynfuse", False)]
+
+        webui.process(p)
+        assert [len(names) for names in seen] == [1]
+        assert not networks()
+
+    @pytest.mark.parametrize("settings", ["", ":te_weight=0"])
+    def test_a_merge_before_the_functional_option_was_set_is_no_part_of_a_fused_picture(self, webui, pristine, settings):
+        with pristine() as fresh:
+            fresh.host = WebUIHost(A1111)
+            fresh.host.install(parse_tags)
+            fresh.shared.opts.lora_functional = True
+            expected = fresh.run(self.FUSED.format(settings))
+            fresh.host.uninstall()
+        with webui:
+            webui.run("a cat <lora:sharp:1>")
+            webui.shared.opts.lora_functional = True
+            assert close(webui.run(self.FUSED.format(settings)), expected)
+
+    def test_our_text_parts_are_no_part_of_a_plain_picture_after_the_option_was_set(self, webui, plain):
+        webui.run(self.FUSED.format(""))
+        webui.shared.opts.lora_functional = True
+        assert torch.equal(webui.run("a cat"), plain("a cat"))
 
 
 class TestInstalling:
