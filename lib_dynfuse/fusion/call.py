@@ -52,7 +52,7 @@ class FusionState:
     paired: whether the sites' pairs hold. undecided: rows ran in this step before their image's choice was known. fallbacks: choices so
     made. rebound: a layer's type or device changed. only: LoRAs that are added alone, each at its strength, whatever the rule says; None:
     all, as the rule says. watch: is shown every site's input while LoRAs are alone. collected: (site, images, (rows, B)) of samples that
-    were measured at once.
+    were measured at once. too_short: memory ran out for measuring in this step; unmeasured: steps in which it did.
     """
 
     settings: FuseSettings
@@ -68,6 +68,8 @@ class FusionState:
     paired: bool = False
     undecided: bool = False
     fallbacks: int = 0
+    too_short: bool = False
+    unmeasured: int = 0
     rebound: bool = False
     only: tuple[int, ...] | None = None
     watch: Callable[[FusedSite, View], None] | None = None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import is_out_of_memory
 from .call import FusionState
 from .folding import Folding
 from .layer import FusedLayer, FusedSite
@@ -65,6 +66,7 @@ class Decisions:
         for site in self._sites:
             site.forget()
         state.begin(step)
+        state.too_short = False
         self.under_way, self._called, self._undone = True, False, state.fallbacks
         self._tally.clear()
         chooses = self.begun % settings.decide_every == 0
@@ -91,6 +93,9 @@ class Decisions:
             self.begun -= 1
             return
         state = self._state
+        if state.too_short:
+            self._leave_uncounted()
+            state.unmeasured += 1
         record = self._record()
         self._recorder.steps.append(record)
         if record.votes is not None and state.rule.measures:
@@ -115,7 +120,7 @@ class Decisions:
         for site in self._sites:
             site.forget()
         self._recorder.steps.clear()
-        self._state.fallbacks = 0
+        self._state.fallbacks = self._state.unmeasured = 0
         self._state.rule.restart()
         self._folding.restart()
         self._held, self.under_way, self.begun = None, False, 0
@@ -163,9 +168,28 @@ class Decisions:
         self._called = True
 
     def call_ends(self) -> None:
-        """Count the votes of a call's samples."""
+        """Count the votes of a call's samples. Where memory runs out for that, the step's choices stay for the next."""
+        if not self._state.sampling:
+            return
+        try:
+            self._count()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._state.too_short = True
+        if self._state.too_short:  # not in the except clause: the exception's frames hold on to the memory that ran out
+            self._leave_uncounted()
+
+    def _leave_uncounted(self) -> None:
+        for block in self._blocks:
+            if block.ballot is not None:
+                block.ballot.forget()
+        self._state.collected.clear()
+        self._tally.clear()
+
+    def _count(self) -> None:
         state, settings = self._state, self._state.settings
-        if not state.sampling:
+        if state.too_short:
             return
         with torch.no_grad():
             for block in self._blocks:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..lora.branch import Dense, LowRank
 from ..lora.naming import Site
-from .call import FusionState
+from ..memory import is_out_of_memory
+from .call import Entries, FusionState
 from .divergence import token_divergences
 from .folding import FoldedWeight, OwnWeight
 from .operators import Operators
@@ -354,8 +355,17 @@ class FusedLayer(PatchedLayer):
         """Keep what the decision for the next step needs, or measure it now where the site has no like."""
         state = self.state
         entries = state.entries(view.batch)
-        if not entries.positions:
+        if not entries.positions or state.too_short:
             return
+        try:
+            self._keep_sample(site, operators, view, entries)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            state.too_short = True
+
+    def _keep_sample(self, site: FusedSite, operators: Operators, view: View, entries: Entries) -> None:
+        state = self.state
         if site.ballot is not None and view.put(site.ballot, site.place, entries, state):
             return
         state.collected.append((site.number, entries.images, self._votes(site, operators, view, entries.positions)))

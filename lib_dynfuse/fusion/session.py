@@ -384,6 +384,9 @@ class FusionSession:
         trace = self.trace
         if trace.fallbacks:
             notes.append(f"{trace.fallbacks} choices were made on the negative prompt, because the WebUI ran it alone and first.")
+        if self._state.unmeasured:
+            steps = f"{self._state.unmeasured} step{'s' * (self._state.unmeasured > 1)}"
+            notes.append(f"Memory was too short to measure the LoRAs in {steps}; the choices before stayed.")
         notes += self._predictions.notes
         if trace.non_finite:
             notes.append(f"{trace.non_finite} divergences were not finite numbers; the LoRA named first was used there.")

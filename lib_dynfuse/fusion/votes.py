@@ -68,6 +68,11 @@ class Ballot:
         x, y = box.rooms[place]
         return x, y, places
 
+    def forget(self) -> None:
+        """Let go of the samples, and of their memory."""
+        self._boxes.clear()
+        self._slots.clear()
+
     @torch.no_grad()
     def counted(
         self, criterion: str, rms: bool, levels: Tensor | None, workspace: Workspace, indices: RowIndices

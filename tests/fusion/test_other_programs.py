@@ -163,6 +163,26 @@ def test_a_float32_layer_under_autocast_is_fused_in_the_types_of_its_output(mode
             torch.testing.assert_close(output.float(), one[name], rtol=0.05, atol=0.1)
 
 
+def test_a_lora_of_another_family_is_refused_though_its_layers_fit(tmp_path):
+    q = "transformer_blocks.{}.attn.to_q"
+    model = tokens_model((q.format(0), "single_transformer_blocks.0.attn.to_q"))  # Flux' names
+    own = lora_file(tmp_path / "own.safetensors", model, [q.format(0)], prefix="transformer.")
+    names = [f"transformer_blocks.{n}.{layer}" for n in range(2) for layer in ("attn.to_q", "attn.to_k", "img_mod.1", "img_mlp.net.2")]
+    tensors = {}
+    for name in names:
+        tensors |= {f"transformer.{name}.lora_A.weight": torch.randn(2, 3072), f"transformer.{name}.lora_B.weight": torch.randn(3072, 2)}
+    tensors |= {f"transformer.{names[2]}.lora_B.weight": torch.randn(6 * 3072, 2)}
+    tensors |= {f"transformer.{names[3]}.lora_A.weight": torch.randn(2, 4 * 3072)}
+    tensors |= {f"transformer.{names[6]}.lora_B.weight": torch.randn(6 * 3072, 2)}
+    tensors |= {f"transformer.{names[7]}.lora_A.weight": torch.randn(2, 4 * 3072)}
+    save_file(tensors, tmp_path / "qwen.safetensors")
+    other = read_lora(tmp_path / "qwen.safetensors")
+    assert other.family == "Qwen-Image"
+    with pytest.raises(FusionError, match="qwen.safetensors was made for Qwen-Image, and the model is Flux"):
+        fuse(model, other, [], FuseSettings(method="direct"))
+    assert fuse(model, own, [], FuseSettings(method="direct")).layers
+
+
 class Keeping(nn.Linear):
     """Hands out what it keeps: `kept` may be the output, or a larger memory that it lies in."""
 

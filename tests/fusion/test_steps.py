@@ -470,3 +470,53 @@ def test_it_is_recorded_where_the_sum_would_be_in_the_layers_weights(model, lora
             torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
     assert watched.trace.measured[1:].all()
     assert not plain.trace.measured.any()
+
+
+@pytest.mark.parametrize("where", ["counting", "keeping"])
+def test_where_memory_is_too_short_to_measure_the_choices_before_stay_and_it_is_said(model, loras, monkeypatch, where):
+    from lib_dynfuse.fusion import votes
+
+    session, undisturbed = (FusionSession(model, *loras[:2], FuseSettings(method="dynfuse", vote_tokens=0)) for _ in range(2))
+    rows = Rows((0, 0), (False, True), 1)
+
+    def short(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    for number, x in enumerate(latents(2)):
+        with monkeypatch.context() as patch:
+            if number in (1, 2):
+                patch.setattr(votes, "_divergences", short) if where == "counting" else patch.setattr(votes.Ballot, "slot", short)
+            session.begin(Step.of(number, STEPS))
+            with session.attached(rows), torch.no_grad():
+                model(x)
+            session.end_step()
+        undisturbed.begin(Step.of(number, STEPS))
+        with undisturbed.attached(rows), torch.no_grad():
+            model(x)
+        undisturbed.end_step()
+    used = session.trace.weights
+    assert used.shape == undisturbed.trace.weights.shape
+    assert all(torch.equal(used[0], used[number]) for number in (1, 2, 3))  # the first step decided in the layers
+    assert not torch.equal(undisturbed.trace.weights[3], used[3])
+    assert session.notes() == ["Memory was too short to measure the LoRAs in 2 steps; the choices before stayed."]
+    assert undisturbed.notes() == []
+
+
+def test_another_error_while_measuring_is_not_swallowed(model, loras, monkeypatch):
+    from lib_dynfuse.fusion import votes
+
+    session = FusionSession(model, *loras[:2], FuseSettings(method="dynfuse"))
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("a mistake")
+
+    def picture():
+        for number, x in enumerate(latents(2)):
+            session.begin(Step.of(number, STEPS))
+            with session.attached(Rows((0, 0), (False, True), 1)), torch.no_grad():
+                model(x)
+            session.end_step()
+
+    monkeypatch.setattr(votes, "_divergences", broken)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        picture()
