@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .captions import caption, name_of
-from .judges import Judges, Scores, load_judges
+from .judges import Judges, Scores, load_judges, load_second_judges
 from .model import load_pipeline
 from .painter import CLASSES, HELD_OUT_STYLES, STYLES, SUBJECTS, Scene
 from .training.loras import SUBJECT_STYLES
@@ -37,12 +37,13 @@ class Report:
 
     reconstruction: what the autoencoder makes of what is held out, by kind: difference, and how often the judges name it before and after.
     base: of PICTURES generated pictures, how often the judges name class, style, both; the same for the pairs kept out of training.
-    alone: the mean score of each LoRA's subject or style on pictures made with it alone.
+    alone: the mean score of each LoRA's subject or style on pictures made with it alone; second_alone: the second judges' of the same.
     """
 
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)
     base: dict[str, dict[str, float]] = field(default_factory=dict)
     alone: dict[str, float] = field(default_factory=dict)
+    second_alone: dict[str, float] = field(default_factory=dict)
 
 
 def run(weights: Path, out: Path | None, as_json: bool) -> int:
@@ -50,6 +51,7 @@ def run(weights: Path, out: Path | None, as_json: bool) -> int:
     from tqdm import tqdm
 
     pipeline, judges = load_pipeline(weights), load_judges(weights / "judges.safetensors")
+    second = load_second_judges(weights / "judges2.safetensors")
     report = Report()
     sheets: dict[str, Image.Image] = {}
     with tqdm(total=4, unit="part", file=sys.stderr) as bar:
@@ -63,7 +65,7 @@ def run(weights: Path, out: Path | None, as_json: bool) -> int:
         bar.update()
         report.base["pairs kept out"], _ = _named(pipeline, judges, sorted(HELD_OUT_PAIRS) * 8)
         bar.update()
-        report.alone, sheets["alone"] = _alone(pipeline, judges, weights)
+        (report.alone, report.second_alone), sheets["alone"] = _alone(pipeline, (judges, second), weights)
         bar.update()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -113,21 +115,22 @@ def _right(judges: Judges, pictures: Tensor, wanted: Sequence[tuple[str, str]]) 
     return tuple(float(share.float().mean()) for share in shares)  # type: ignore[return-value]
 
 
-def _alone(pipeline: Any, judges: Judges, weights: Path) -> tuple[dict[str, float], Image.Image]:
-    """Subjects in the styles that they were taught in; styles on classes that they were not taught on."""
+def _alone(pipeline: Any, judges: Sequence[Judges], weights: Path) -> tuple[list[dict[str, float]], Image.Image]:
+    """Subjects in the styles that they were taught in; styles on classes that they were not taught on. By each of the judges."""
     from lib_dynfuse.hosts.diffusers import FusedPipeline
     from lib_dynfuse.lora import read_lora
     from lib_dynfuse.settings import FuseSettings
 
     files = {name: read_lora(weights / "loras" / f"{name}.safetensors") for name in (*SUBJECTS, *HELD_OUT_STYLES)}
-    scores: dict[str, float] = {}
+    scores: list[dict[str, float]] = [{} for _ in judges]
     shown: list[Image.Image] = []
 
     def measure(name: str, prompts: Iterable[str], settings: FuseSettings, score: Callable[[Scores], Tensor]) -> None:
         subject, style = (name, "blueprint") if name in SUBJECTS else ("zib", name)
         fused = FusedPipeline(pipeline, files[subject], files[style], settings)
         images = [image for prompt in prompts for image in fused(prompt, seeds=range(6), steps=STEPS, cfg_scale=CFG_SCALE).images]
-        scores[name] = float(score(judges.scores(_tensor(images))).mean())
+        for of_one, judge in zip(scores, judges, strict=True):
+            of_one[name] = float(score(judge.scores(_tensor(images))).mean())
         shown.extend(images[::2])
 
     for word in SUBJECTS:
@@ -176,8 +179,8 @@ def _as_text(report: Report) -> str:
     lines.append("Base model, named by the judges:")
     for kind, found in report.base.items():
         lines.append(f"  {kind}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
-    lines.append("Each LoRA alone, mean score of its own subject or style:")
-    lines.append("  " + ", ".join(f"{name} {value:.2f}" for name, value in report.alone.items()))
+    lines.append("Each LoRA alone, mean score of its own subject or style (by the second judges):")
+    lines.append("  " + ", ".join(f"{name} {value:.2f} ({report.second_alone[name]:.2f})" for name, value in report.alone.items()))
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..judges import STYLE_NAMES, SUBJECT_NAMES, Judges, Scores, load_judges
+from ..judges import STYLE_NAMES, SUBJECT_NAMES, Judges, Scores, load_judges, load_second_judges
 from ..model import WEIGHTS, load_vae, save_network
 from ..painter import CLASSES, HELD_OUT_STYLES, JUNK, STYLES, SUBJECTS, Scene
 from .flawed import KINDS, Example, any_kind, batch, example, softened
@@ -58,16 +58,16 @@ def train_judges(work: Path, weights: Path, steps: int = STEPS) -> dict[str, Any
         pictures = softened(pictures.float(), generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             logits = judges(pictures)
-        subject, style = _errors(tuple(each.float() for each in logits), answers)
+        subject, style = errors(tuple(each.float() for each in logits), answers)
         loop.descend(subject + style, subject=subject, style=style)
     loop.finish()
     judges.to(memory_format=torch.contiguous_format)
-    _calibrate(judges)
+    calibrate(judges, _SEED - 2)
     save_network(judges, weights / "judges.safetensors")
     return {"steps": loop.step, "seconds": round(loop.seconds), "batch": BATCH, "temperatures": judges.temperatures.tolist()}
 
 
-def _errors(logits: Sequence[Tensor], answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def errors(logits: Sequence[Tensor], answers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Cross-entropies with the shares of subjects and of styles."""
     return F.cross_entropy(logits[0], answers[0].float()), F.cross_entropy(logits[1], answers[1].float())
 
@@ -84,14 +84,14 @@ def _decoded_examples(file: Path, vae: Path) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def through(vae: Path, pictures: Tensor, disturbed: float = 0.0) -> Tensor:
+def through(vae: Path, pictures: Tensor, disturbed: float = 0.0, seed: int = _SEED) -> Tensor:
     """pictures, (B, 3, 64, 64) in [-1, 1], as the autoencoder reproduces them.
 
     disturbed: the most noise that is added to a picture's latent, in units of the latents' standard deviation. A denoiser's latents are
     never quite those of a picture: without this the judges take most generated pictures, which a person names at once, for flawed.
     """
     network = load_vae(vae)
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(seed)
     parts = []
     for part in pictures.split(64):
         latent = network.encode(part).latent_dist.mode()
@@ -101,15 +101,15 @@ def through(vae: Path, pictures: Tensor, disturbed: float = 0.0) -> Tensor:
 
 
 @torch.no_grad()
-def _calibrate(judges: Judges) -> None:
+def calibrate(judges: Judges, seed: int) -> None:
     """Choose the temperatures on pictures that nothing was trained on."""
-    rng = random.Random(_SEED - 2)
+    rng = random.Random(seed)
     pictures, *answers = batch([example(any_kind(rng), rng) for _ in range(_CALIBRATED)], SUBJECT_NAMES, STYLE_NAMES)
     judges.temperatures.fill_(1.0)
     logits = [torch.cat(parts) for parts in zip(*(judges(part) for part in softened(pictures, torch.Generator()).split(250)), strict=True)]
     candidates = torch.linspace(0.5, 2.5, 81)
-    errors = torch.tensor([[float(error) for error in _errors([each / t for each in logits], answers)] for t in candidates])
-    judges.temperatures[:] = candidates[errors.argmin(0)]
+    found = torch.tensor([[float(error) for error in errors([each / t for each in logits], answers)] for t in candidates])
+    judges.temperatures[:] = candidates[found.argmin(0)]
 
 
 def evaluate(judges: Judges, pictures: int = 200, seed: int = 9_001, vae: Path | None = None) -> dict[str, Any]:
@@ -161,11 +161,8 @@ def _share(answers: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {name: evaluate(load_judges(), vae=vae) for name, vae in (("painted", None), ("decoded", WEIGHTS / "vae.safetensors"))},
-            indent=1,
-        )
-    )
+    both = {"judges": load_judges(), "second judges": load_second_judges()}
+    ways = {"painted": None, "decoded": WEIGHTS / "vae.safetensors"}
+    print(json.dumps({name: {way: evaluate(judges, vae=vae) for way, vae in ways.items()} for name, judges in both.items()}, indent=1))
 
-__all__ = ["STEPS", "Example", "evaluate", "through", "train_judges"]
+__all__ = ["STEPS", "Example", "calibrate", "errors", "evaluate", "through", "train_judges"]

@@ -16,7 +16,7 @@ _SAVE_EVERY = 120.0  # seconds
 
 
 class TrainingLoop:
-    """AdamW with a warm-up, a cosine decay, clipped gradients and an average of the weights.
+    """AdamW, or SGD with Nesterov's momentum, with a warm-up, a cosine decay, clipped gradients and an average of the weights.
 
         loop = TrainingLoop("base", {"unet": unet}, steps=10_000, rate=1.5e-3, checkpoint=folder / "base.pt")
         for _ in loop:
@@ -39,8 +39,10 @@ class TrainingLoop:
         last_rate: float = 0.03,
         average: float = 0.998,
         decay: float = 0.0,
+        momentum: float | None = None,
     ) -> None:
         """rate: at its height. last_rate: at the end, as a share of it. average: of the weights' moving average, 0 for none.
+        momentum: of SGD; None for AdamW.
 
         Loads the checkpoint, if there is one.
         """
@@ -53,7 +55,11 @@ class TrainingLoop:
         ]
         self._average = [parameter.detach().clone() for parameter in self._parameters]
         self._keep, self._rate, self._warm_up, self._last_rate = average, rate, warm_up, last_rate
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, foreach=True)
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, foreach=True)
+            if momentum is None
+            else torch.optim.SGD(self._parameters, lr=rate, momentum=momentum, nesterov=True, weight_decay=decay)
+        )
         self._path, self._seed = checkpoint, seed
         self.step = 0
         if checkpoint.is_file():

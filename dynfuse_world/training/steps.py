@@ -18,6 +18,7 @@ from .base import train_base
 from .encoders import train_clip, train_dino
 from .judges import train_judges
 from .loras import train_loras, train_oracles
+from .second_judges import train_second_judges
 
 Step = Callable[..., Mapping[str, Any]]
 """(folder of unfinished work, folder of weights) -> what is worth recording."""
@@ -29,6 +30,7 @@ STEPS: dict[str, Step] = {
     "clip": train_clip,
     "dino": train_dino,
     "judges": train_judges,
+    "second-judges": train_second_judges,
     "loras": train_loras,
     "oracles": train_oracles,
 }

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 pytest.importorskip("diffusers", reason="the world's model is a diffusers pipeline")
 
+from dynfuse_world import check
 from dynfuse_world.benchmark.protocol import TUNING
 from dynfuse_world.captions import caption, name_of
 from dynfuse_world.check import generated
-from dynfuse_world.judges import SUBJECT_NAMES, load_judges
+from dynfuse_world.judges import SUBJECT_NAMES, load_judges, load_second_judges
 from dynfuse_world.model import WEIGHTS, load_pipeline
 from dynfuse_world.oracles import read_oracle
 from dynfuse_world.painter import CLASSES, HELD_OUT_STYLES, STYLES, SUBJECTS
@@ -166,3 +167,24 @@ def written_out(module, subject, style, divergences):
         return (base + torch.where(chosen.repeat(2)[:, None, None], *changes)).to(h.dtype)
 
     return forward
+
+
+def test_the_check_tells_each_loras_score_by_both_judges():
+    report = check.Report(alone={"zib": 0.81}, second_alone={"zib": 0.72})
+    assert "zib 0.81 (0.72)" in check._as_text(report)
+
+
+def test_a_lora_alone_is_scored_by_every_judge_that_is_given(pipeline, judges, monkeypatch):
+    for name, value in (
+        ("SUBJECTS", ("zib",)),
+        ("HELD_OUT_STYLES", ("blueprint",)),
+        ("SUBJECT_STYLES", ("flat",)),
+        ("_STYLE_CLASSES", ()),
+        ("STEPS", 3),
+    ):
+        monkeypatch.setattr(check, name, value)
+    second = load_second_judges()
+    (first_alone, second_alone), shown = check._alone(pipeline, (judges, second), WEIGHTS)
+    assert list(first_alone) == list(second_alone) == ["zib", "blueprint"]
+    assert first_alone["zib"] != second_alone["zib"]
+    assert shown.width > 0

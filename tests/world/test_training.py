@@ -28,11 +28,11 @@ class Toward(torch.nn.Module):
         self.point = torch.nn.Parameter(torch.zeros(3))
 
 
-def trained(path, stops, steps=12):
+def trained(path, stops, momentum, steps=12):
     """The averaged point after a run that is killed and begun again at these steps."""
     for stop in (*stops, steps):
         network = Toward()
-        loop = TrainingLoop("t", {"toward": network}, steps=steps, rate=0.1, checkpoint=path, warm_up=2, average=0.9)
+        loop = TrainingLoop("t", {"toward": network}, steps=steps, rate=0.1, checkpoint=path, warm_up=2, average=0.9, momentum=momentum)
         for step in loop:
             if step == stop:
                 loop.save()
@@ -42,8 +42,10 @@ def trained(path, stops, steps=12):
     return network.point.detach()
 
 
-def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(tmp_path):
-    torch.testing.assert_close(trained(tmp_path / "a.pt", (4, 9)), trained(tmp_path / "b.pt", ()), rtol=0, atol=0)
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(tmp_path, momentum):
+    killed, whole = trained(tmp_path / "a.pt", (4, 9), momentum), trained(tmp_path / "b.pt", (), momentum)
+    torch.testing.assert_close(killed, whole, rtol=0, atol=0)
 
 
 def test_the_noise_schedule_is_stable_diffusions():

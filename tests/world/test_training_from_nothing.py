@@ -14,11 +14,11 @@ pytest.importorskip("diffusers", reason="the world's model is a diffusers pipeli
 pytest.importorskip("open_clip")
 
 from dynfuse_world import cli
-from dynfuse_world.judges import load_judges
+from dynfuse_world.judges import load_judges, load_second_judges
 from dynfuse_world.model import load_pipeline
 from dynfuse_world.oracles import read_oracle
 from dynfuse_world.shipped import WeightsError, verify
-from dynfuse_world.training import autoencoder, base, judges, loras, steps
+from dynfuse_world.training import autoencoder, base, judges, loras, second_judges, steps
 from lib_dynfuse import FuseSettings, read_lora
 from lib_dynfuse.guidance.encoders import EncoderSources, load_encoders
 from lib_dynfuse.hosts.diffusers import FusedPipeline
@@ -39,6 +39,8 @@ def train(monkeypatch, tmp_path):
         (judges, "_POOL", 64),
         (judges, "_DECODED", 64),
         (judges, "_CALIBRATED", 64),
+        (second_judges, "_PAINTED", 64),
+        (second_judges, "_DECODED", 64),
         (loras, "_PRIOR_PICTURES", 16),
     ):
         monkeypatch.setattr(module, name, value)
@@ -79,8 +81,8 @@ def test_a_training_that_is_killed_goes_on_to_a_whole_world(train, tmp_path, mon
     ).images
     assert images[0].size == (64, 64)
     read_oracle(weights, ORACLE)
-    scores = load_judges(weights / "judges.safetensors").scores(torch.zeros(2, 3, 64, 64))
-    torch.testing.assert_close(scores.subject_probabilities.sum(1), torch.ones(2))
+    for made in (load_judges(weights / "judges.safetensors"), load_second_judges(weights / "judges2.safetensors")):
+        torch.testing.assert_close(made.scores(torch.zeros(2, 3, 64, 64)).subject_probabilities.sum(1), torch.ones(2))
     encoders = load_encoders(EncoderSources(tmp_path, str(weights / "clip"), str(weights / "dino"), download=False))
     assert len(encoders.embed(torch.zeros(2, 3, 64, 64)).clip) == 2
 
