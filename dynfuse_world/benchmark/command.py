@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,14 @@ from lib_dynfuse.evaluate.statistics import RESAMPLES
 from lib_dynfuse.program import program
 
 from ..model import WEIGHTS
-from .making import shipped_judge
-from .methods import METHODS, RANDOM, ROWS, SWEEP, ZIPLORA, RowError, chosen, row_of
+from .making import shipped_judges
+from .methods import METHODS, RANDOM, ROWS, SWEEP, ZIPLORA, Row, RowError, chosen, row_of
 from .paper import distinct, paper_text, summaries_of, tables_of
 from .protocol import CFG_SCALE, PAIRS, REFERENCE_SEED, REPORTED, SEEDS, STEPS, TUNING, Pair
 from .run import made, processors
-from .summary import Summary, as_json, summaries
-from .table import diagnosis_table, scores_table
-from .work import Outcome, Setup, tasks
+from .summary import agreements, as_json, summaries
+from .table import agreement_text, colour_table, diagnosis_table, scores_table, second_table
+from .work import SCORES, Outcome, Setup, tasks
 
 _QUICK_SEEDS = 4
 _SETS = {"all": PAIRS, "tuning": TUNING, "reported": REPORTED}
@@ -39,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark; argv: without the program's name. Returns the exit code. Raises OSError for a file that is missing."""
     options = _parser().parse_args(argv)
     try:
-        pairs = _pairs(options.pairs or ("tuning" if options.quick else "all"))
+        weights = _weights(options.weights or [str(WEIGHTS)])
+        pairs = _of_sets(_pairs(options.pairs or ("tuning" if options.quick else "all")), weights)
         standard = [*ROWS, *((ZIPLORA,) if options.ziplora else ()), *(() if options.quick else SWEEP)]
         rows = [*chosen(standard, options.only or []), *(row_of(text, "tried") for text in options.tried or [])]
     except RowError as error:
@@ -47,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     paper = tables_of(options.table) if options.table else ()
     if paper:
-        pairs = pairs if options.pairs else REPORTED
+        pairs = pairs if options.pairs else _of_sets(REPORTED, weights)
         rows = distinct(paper)
     rows = list({row.name: row for row in rows}.values())
     count = options.seeds or (_QUICK_SEEDS if options.quick else len(SEEDS))
@@ -60,9 +63,7 @@ def main(argv: Sequence[str]) -> int:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dynfuse-bench-") as references:
-        setup = Setup(
-            options.weights, Path(references), options.load_judge, seeds, options.steps, options.cfg_scale, tuple(options.loudness)
-        )
+        setup = Setup(weights, Path(references), options.load_judges, seeds, options.steps, options.cfg_scale, tuple(options.loudness))
         outcomes = made(work, setup, workers)
     seconds = time.perf_counter() - start
     if paper:
@@ -74,15 +75,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
     # A machine's other work at the start; its own workers are not yet in it.
     about = {"workers": workers, "load_before": load, "seconds": seconds}
-    reported, tuned = (summaries(outcomes, rows, [pair for pair in group if pair in pairs]) for group in (REPORTED, TUNING))
+    said = {name: _Found(group, outcomes, rows, pairs, list(weights)) for name, group in (("reported", REPORTED), ("tuning", TUNING))}
     if options.json:
-        print(json.dumps(_result(outcomes, reported, tuned, pairs, setup, about)))
+        print(json.dumps(_result(outcomes, said, setup, about)))
     else:
-        print(_text(reported, tuned, pairs, setup, about))
+        print(_text(outcomes, said, setup, about))
     if options.pictures:
         from .pictures import write_pictures
 
-        for path in write_pictures(options.pictures, outcomes, rows, reported, tuned):
+        for path in write_pictures(options.pictures, outcomes, rows, said["reported"].pooled, said["tuning"].pooled):
             print(path, file=sys.stderr)
     return 0
 
@@ -114,8 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--loudness", type=float, nargs=2, default=(1.0, 1.0), metavar=("S", "T"), help="as if the subjects' and the styles' files had "
         "been saved S and T times as strong; their weights stay 1")  # fmt: skip
     add("--workers", type=_positive, metavar="N", help="processes (default: one for each processor)")
-    add("--weights", type=Path, default=WEIGHTS, metavar="DIR", help="the world's weights (default: those that come along)")
-    parser.set_defaults(load_judge=shipped_judge)
+    add("--weights", action="append", metavar="[LABEL=]DIR", help="the world's weights (default: those that come along); may be repeated, "
+        "for copies with other LoRAs: the pairs of all are pooled, zib-chalk@LABEL among them")  # fmt: skip
+    parser.set_defaults(load_judges=shipped_judges)
     return parser
 
 
@@ -129,6 +131,39 @@ def _pairs(text: str) -> tuple[Pair, ...]:
     return tuple(pair for name, pair in names.items() if name in wanted)
 
 
+def _weights(texts: Sequence[str]) -> dict[str, Path]:
+    """Folders by label: "overfit=DIR", or DIR, whose label is its name where there are several. Raises RowError."""
+    found: dict[str, Path] = {}
+    for text in texts:
+        label, equals, folder = text.partition("=")
+        if not equals or "/" in label or os.sep in label:
+            label, folder = "" if len(texts) == 1 else Path(text).resolve().name, text
+        if label in found:
+            raise RowError(f"two folders of weights are called {label!r}; name one otherwise, with --weights LABEL=DIR")
+        if (label or len(texts) > 1) and not re.fullmatch(r"\w[\w.+-]*", label):
+            raise RowError(f"{label!r} is no label for a folder of weights: letters, digits, and . _ + - between")
+        found[label] = Path(folder)
+    return found
+
+
+def _of_sets(pairs: Sequence[Pair], weights: Iterable[str]) -> tuple[Pair, ...]:
+    """Every pair of every set."""
+    return tuple(replace(pair, files=files) for files in weights for pair in pairs)
+
+
+class _Found:
+    """What is said of one group of pairs: over all sets of LoRAs, and of each where there are several."""
+
+    def __init__(
+        self, group: Sequence[Pair], outcomes: Sequence[Outcome], rows: Sequence[Row], pairs: Sequence[Pair], sets: Sequence[str]
+    ) -> None:
+        self.pairs = [pair for pair in pairs if pair.plain in group]
+        self.pooled = summaries(outcomes, rows, self.pairs)
+        self.by_set = {
+            files: summaries(outcomes, rows, [pair for pair in self.pairs if pair.files == files]) for files in sets if len(sets) > 1
+        }
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -136,29 +171,28 @@ def _positive(text: str) -> int:
     return value
 
 
-def _text(reported: Sequence[Summary], tuned: Sequence[Summary], pairs: Sequence[Pair], setup: Setup, about: dict[str, Any]) -> str:
+def _text(outcomes: Sequence[Outcome], found: Mapping[str, _Found], setup: Setup, about: dict[str, Any]) -> str:
     parts = []
-    for title, group, found in (("Reported", REPORTED, reported), ("Tuning", TUNING, tuned)):
-        if found:
-            count = sum(pair in pairs for pair in group)
-            parts += [f"### {title} pairs: {count} × {len(setup.seeds)} pictures a row", scores_table(found), diagnosis_table(found)]
+    for name, group in found.items():
+        if group.pooled:
+            parts += [f"### {name.capitalize()} pairs: {len(group.pairs)} × {len(setup.seeds)} pictures a row", scores_table(group.pooled)]
+            for files, of_set in group.by_set.items():
+                parts += [f"Of the set {files} alone:", scores_table(of_set)]
+            parts += [second_table(group.pooled), colour_table(group.pooled), diagnosis_table(group.pooled)]
+    parts.append(agreement_text(agreements(outcomes)))
     load = "" if about["load_before"] is None else f" (load before: {about['load_before']:.1f})"
     parts.append(
         f"Means with 95 % bootstrap intervals (pairs, and seeds within pairs). {setup.steps} steps of DDIM, CFG {setup.cfg_scale:g}.\n"
         f"{about['seconds'] / 60:.1f} minutes in {about['workers']} processes of one thread on {processor()}{load}.\n"
-        "Seconds per picture: of one processor, without making the guidance's references."
+        "Seconds per picture: of one processor, without making the guidance's references.\n"
+        "Saturation: the mean of a pixel's largest channel less its smallest; contrast: the standard deviation of luma; clipped: the share "
+        "of pixels with a channel of at most 1 or at least 254."
     )
     return "\n\n".join(part for part in parts if part)
 
 
-def _result(
-    outcomes: Sequence[Outcome],
-    reported: Sequence[Summary],
-    tuned: Sequence[Summary],
-    pairs: Sequence[Pair],
-    setup: Setup,
-    about: dict[str, Any],
-) -> dict[str, Any]:
+def _result(outcomes: Sequence[Outcome], found: Mapping[str, _Found], setup: Setup, about: dict[str, Any]) -> dict[str, Any]:
+    pairs = [pair for group in found.values() for pair in group.pairs]
     return {
         "protocol": {
             "steps": setup.steps,
@@ -167,17 +201,22 @@ def _result(
             "seeds": list(setup.seeds),
             "reference_seed": REFERENCE_SEED,
             "prompts": {pair.name: [pair.prompt, pair.subject_prompt, pair.style_prompt] for pair in pairs},
-            "tuning": [pair.name for pair in TUNING if pair in pairs],
-            "reported": [pair.name for pair in REPORTED if pair in pairs],
+            **{name: [pair.name for pair in group.pairs] for name, group in found.items()},
+            "sets": list(setup.weights),
             "resamples": RESAMPLES,
         },
-        "reported": [as_json(summary) for summary in reported],
-        "tuning": [as_json(summary) for summary in tuned],
+        **{name: [as_json(summary) for summary in group.pooled] for name, group in found.items()},
+        "sets": {
+            files: {name: [as_json(summary) for summary in group.by_set[files]] for name, group in found.items()}
+            for files in setup.weights
+            if len(setup.weights) > 1
+        },
+        "agreement": {question: asdict(agreement) for question, agreement in agreements(outcomes).items()},
         "pictures": [
             {
                 "pair": outcome.pair.name,
                 "row": outcome.row,
-                **{name: np.round(getattr(outcome, name), 5).tolist() for name in ("subject", "style")},
+                **{name: np.round(getattr(outcome, name), 5).tolist() for name in SCORES},
             }
             for outcome in outcomes
         ],

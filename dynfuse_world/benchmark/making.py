@@ -26,31 +26,49 @@ from lib_dynfuse.lora.naming import Site
 from lib_dynfuse.settings import FuseSettings
 from lib_dynfuse.ziplora import write
 
-from ..judges import load_judges
+from ..judges import load_judges, load_second_judges
 from ..model import load_pipeline
 from ..oracles import read_oracle
+from .colour import colour
 from .diagnosis import Diagnosis, EveryRow, diagnosis
 from .methods import Row
 from .protocol import REFERENCE_SEED, Pair
 from .work import Judge, Outcome, Setup, Task
 
 
-def shipped_judge(weights: Path) -> Judge:
-    return load_judges(weights / "judges.safetensors")
+def shipped_judges(weights: Path) -> tuple[Judge, Judge]:
+    return load_judges(weights / "judges.safetensors"), load_second_judges(weights / "judges2.safetensors")
+
+
+class World:
+    """A folder of weights: the model, its LoRAs, and the judges. references: folder for the guidance's."""
+
+    def __init__(self, weights: Path, setup: Setup, references: Path) -> None:
+        self.weights = weights
+        self.pipeline = load_pipeline(weights)
+        self.judges = setup.load_judges(weights)
+        encoders = EncoderSources(weights, str(weights / "clip"), str(weights / "dino"), download=False)
+        self.guidance = GuidanceSources(encoders, ReferenceCache(references))
+        self._loras: dict[str, LoraFile] = {}
+
+    def lora(self, name: str, loudness: float) -> LoraFile:
+        if name not in self._loras:
+            path = self.weights / "loras" / f"{name}.safetensors"
+            self._loras[name] = read_lora(path) if loudness == 1 else louder(path, loudness)
+        return self._loras[name]
 
 
 class Studio:
-    """The world's model, its LoRAs and the judge, in one process."""
+    """Makes and judges pictures, in one process."""
 
     def __init__(self, setup: Setup, on_step: Callable[[], None] = lambda: None) -> None:
         """on_step: called after each denoising step; an exception that it raises ends the work. Raises OSError for a missing file."""
         self.setup = setup
         self._on_step = on_step
-        self._pipeline = load_pipeline(setup.weights)
-        self._judge = setup.load_judge(setup.weights)
-        encoders = EncoderSources(setup.weights, str(setup.weights / "clip"), str(setup.weights / "dino"), download=False)
-        self._guidance = GuidanceSources(encoders, ReferenceCache(setup.references))
-        self._loras: dict[str, LoraFile] = {}
+        self._worlds = {files: World(weights, setup, setup.references / files) for files, weights in setup.weights.items()}
+
+    def world(self, pair: Pair) -> World:
+        return self._worlds[pair.files]
 
     def make(self, task: Task) -> Outcome:
         pair, row = task.pair, task.row
@@ -59,12 +77,16 @@ class Studio:
         images, trace = self._base(pair, clock) if row.loras == "none" else self._fused(pair, row, clock, zipped)
         seconds = clock.seconds() / len(images)
         pictures = np.stack([np.asarray(image.convert("RGB")) for image in images])
-        scores = self._judge.scores(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        floats = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        first, second = (judges.scores(floats) for judges in self.world(pair).judges)
         return Outcome(
             pair,
             row.name,
-            scores.subject(pair.subject).double().numpy(),
-            scores.style(pair.style).double().numpy(),
+            first.subject(pair.subject).double().numpy(),
+            first.style(pair.style).double().numpy(),
+            second.subject(pair.subject).double().numpy(),
+            second.style(pair.style).double().numpy(),
+            *colour(pictures),
             seconds,
             pictures[: task.shown],
             trace,
@@ -72,7 +94,7 @@ class Studio:
 
     def _base(self, pair: Pair, clock: _Clock) -> tuple[list[Image.Image], None]:
         setup = self.setup
-        output = self._pipeline(
+        output = self.world(pair).pipeline(
             pair.prompt,
             num_images_per_prompt=len(setup.seeds),
             num_inference_steps=setup.steps,
@@ -84,25 +106,26 @@ class Studio:
 
     def _zipped(self, pair: Pair) -> LoraFile:
         """The pair's LoRAs as the command ziplora merges them, of the prompts that each LoRA alone is asked for; 4 pictures at once."""
-        subject, style = self._lora(pair.subject, self.setup.loudness[0]), self._lora(pair.style, self.setup.loudness[1])
-        fused = FusedPipeline(self._pipeline, subject, style, FuseSettings(method="direct", contrast=0.0))
+        world = self.world(pair)
+        subject, style = world.lora(pair.subject, self.setup.loudness[0]), world.lora(pair.style, self.setup.loudness[1])
+        fused = FusedPipeline(world.pipeline, subject, style, FuseSettings(method="direct", contrast=0.0))
         recipe = Recipe(batch=4, seed=REFERENCE_SEED)
         prompts = {"subject": pair.subject_prompt, "style": pair.style_prompt}
         mergers = train(fused, lessons(fused, prompts, recipe, lambda *_: self._on_step()), recipe, lambda loss: self._on_step())
-        session = FusionSession(denoiser(self._pipeline), subject, style, fused.settings)
+        session = FusionSession(denoiser(world.pipeline), subject, style, fused.settings)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"{pair.name}.safetensors")
             write(path, session, (subject, style), mergers, {}, dtype=torch.float32)
             return read_lora(path)
 
     def _fused(self, pair: Pair, row: Row, clock: _Clock, zipped: LoraFile | None) -> tuple[list[Image.Image], Diagnosis | None]:
-        setup = self.setup
+        setup, world = self.setup, self.world(pair)
         if zipped is not None:
             subject = zipped
         else:
-            subject = read_oracle(setup.weights, pair.name) if row.loras == "oracle" else self._lora(pair.subject, setup.loudness[0])
+            subject = read_oracle(world.weights, pair.plain.name) if row.loras == "oracle" else world.lora(pair.subject, setup.loudness[0])
         rule = RandomChoice(pair, setup.seeds) if row.loras == "random" else None
-        fused = _Fusion(self._pipeline, subject, self._lora(pair.style, setup.loudness[1]), row, pair, self._guidance, rule)
+        fused = _Fusion(world.pipeline, subject, world.lora(pair.style, setup.loudness[1]), row, pair, world.guidance, rule)
         made = fused(
             pair.prompt,
             seeds=setup.seeds,
@@ -113,12 +136,6 @@ class Studio:
             tuning_progress=clock.tuning_step,
         )
         return made.images, diagnosis(made.trace, all_rows=fused.every_row)
-
-    def _lora(self, name: str, loudness: float) -> LoraFile:
-        if name not in self._loras:
-            path = self.setup.weights / "loras" / f"{name}.safetensors"
-            self._loras[name] = read_lora(path) if loudness == 1 else louder(path, loudness)
-        return self._loras[name]
 
 
 def louder(path: Path, factor: float) -> LoraFile:
@@ -132,7 +149,7 @@ def louder(path: Path, factor: float) -> LoraFile:
 
 def random_choice(pair: Pair, seeds: tuple[int, ...], site: Site) -> Tensor:
     """A coin for each picture: (images,) bool, True for the subject."""
-    coins = [np.random.default_rng([*f"{pair.name} {seed} {site.layer}".encode()]).random() < 0.5 for seed in seeds]
+    coins = [np.random.default_rng([*f"{pair.plain.name} {seed} {site.layer}".encode()]).random() < 0.5 for seed in seeds]
     return torch.tensor(coins)
 
 
@@ -195,4 +212,4 @@ class _Clock:
         return time.process_time() - self._start
 
 
-__all__ = ["RandomChoice", "Studio", "louder", "random_choice", "shipped_judge"]
+__all__ = ["RandomChoice", "Studio", "World", "louder", "random_choice", "shipped_judges"]

@@ -16,14 +16,20 @@ REFERENCE_SEED = 1000
 
 @dataclass(frozen=True)
 class Pair:
-    """A subject's LoRA and a style's, by the words that stand for them."""
+    """A subject's LoRA and a style's, by the words that stand for them. files: which set of LoRAs they are of, where there are several."""
 
     subject: str
     style: str
+    files: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.subject}-{self.style}"
+        return f"{self.subject}-{self.style}" + (f"@{self.files}" if self.files else "")
+
+    @property
+    def plain(self) -> Pair:
+        """The same words, of whichever set."""
+        return Pair(self.subject, self.style)
 
     @property
     def prompt(self) -> str:

@@ -10,13 +10,18 @@ import numpy as np
 
 from lib_dynfuse.evaluate.statistics import Floats, Interval, Resamples, harmonic_mean
 
+from .colour import Colour
 from .diagnosis import Diagnosis, over_pairs
 from .methods import Row
 from .protocol import Pair
-from .work import Outcome
+from .work import SCORES, Outcome
 
 MEASURES = ("subject", "style", "harmonic mean")
 """Of each picture. A picture's harmonic mean is 0 where the judge gives the subject or the style nothing."""
+SECOND = ("second_subject", "second_style", "second_harmonic_mean")
+"""The same by the second judges."""
+COLOUR = Colour._fields
+ALL = (*MEASURES, *SECOND, *COLOUR)
 OF_MEANS = "harmonic mean of means"
 """Of each pair: of its mean subject score and its mean style score. Above the other where pictures have one or the other."""
 COMPARED_WITH = "direct"
@@ -26,7 +31,7 @@ COMPARED_WITH = "direct"
 class Summary:
     """A row over some pairs.
 
-    means: MEASURES and OF_MEANS. differences: of MEASURES to the row that all are compared with, picture by picture; None for itself, and
+    means: ALL and OF_MEANS. differences: of ALL to the row that all are compared with, picture by picture; None for itself, and
     where there is no such row. by_pair: pair -> measure -> mean over the seeds. seconds: of one processor for one picture, mean over pairs.
     """
 
@@ -56,24 +61,57 @@ def summaries(outcomes: Iterable[Outcome], rows: Sequence[Row], pairs: Sequence[
 
 
 def _measures(outcomes: Sequence[Outcome]) -> dict[str, Floats]:
-    subject, style = (np.stack([getattr(outcome, name) for outcome in outcomes]) for name in ("subject", "style"))
-    return {"subject": subject, "style": style, "harmonic mean": harmonic_mean(subject, style)}
+    found = {name: np.stack([getattr(outcome, name) for outcome in outcomes]) for name in SCORES}
+    found["harmonic mean"] = harmonic_mean(found["subject"], found["style"])
+    found["second_harmonic_mean"] = harmonic_mean(found["second_subject"], found["second_style"])
+    return found
 
 
 def _summary(
     row: Row, outcomes: Sequence[Outcome], measured: Mapping[str, Floats], reference: Mapping[str, Floats] | None, draws: Resamples
 ) -> Summary:
-    means = {name: draws.of_mean(measured[name]) for name in MEASURES}
+    means = {name: draws.of_mean(measured[name]) for name in ALL}
     means[OF_MEANS] = draws.of_harmonic_mean_of_means(measured["subject"], measured["style"])
     diagnoses = {outcome.pair.name: outcome.diagnosis for outcome in outcomes if outcome.diagnosis is not None}
     return Summary(
         row,
         means,
-        None if reference is None else {name: draws.of_mean(measured[name] - reference[name]) for name in MEASURES},
-        {outcome.pair.name: {name: float(measured[name][i].mean()) for name in MEASURES} for i, outcome in enumerate(outcomes)},
+        None if reference is None else {name: draws.of_mean(measured[name] - reference[name]) for name in ALL},
+        {outcome.pair.name: {name: float(measured[name][i].mean()) for name in ALL} for i, outcome in enumerate(outcomes)},
         float(np.mean([outcome.seconds for outcome in outcomes])),
         over_pairs(diagnoses.values()) if diagnoses else None,
         diagnoses,
+    )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the first judges and the second say the same, to one question.
+
+    correlation: of their scores over the pictures (Pearson's), None where one of them never changes. same: the share of pictures in which
+    both are above 0.5 or neither is.
+    """
+
+    correlation: float | None
+    same: float
+    pictures: int
+
+
+def agreements(outcomes: Sequence[Outcome]) -> dict[str, Agreement]:
+    """On "subject" and on "style", over all pictures of all rows."""
+    return {
+        question: _agreement(
+            np.concatenate([getattr(outcome, question) for outcome in outcomes]),
+            np.concatenate([getattr(outcome, f"second_{question}") for outcome in outcomes]),
+        )
+        for question in ("subject", "style")
+    }
+
+
+def _agreement(first: Floats, second: Floats) -> Agreement:
+    constant = np.ptp(first) == 0 or np.ptp(second) == 0
+    return Agreement(
+        None if constant else float(np.corrcoef(first, second)[0, 1]), float(((first > 0.5) == (second > 0.5)).mean()), len(first)
     )
 
 
@@ -97,4 +135,4 @@ def _intervals(values: Mapping[str, Interval]) -> dict[str, list[float]]:
     return {name: [value.mean, value.low, value.high] for name, value in values.items()}
 
 
-__all__ = ["COMPARED_WITH", "MEASURES", "OF_MEANS", "Summary", "as_json", "summaries"]
+__all__ = ["ALL", "COLOUR", "COMPARED_WITH", "MEASURES", "OF_MEANS", "SECOND", "Agreement", "Summary", "agreements", "as_json", "summaries"]

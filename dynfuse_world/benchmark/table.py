@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lib_dynfuse.evaluate.statistics import Interval
 
 from .diagnosis import Diagnosis
-from .summary import COMPARED_WITH, MEASURES, OF_MEANS, Summary
+from .summary import COLOUR, COMPARED_WITH, MEASURES, OF_MEANS, SECOND, Agreement, Summary
 
 
 def scores_table(summaries: Sequence[Summary], compared_with: str = COMPARED_WITH) -> str:
@@ -23,6 +23,44 @@ def scores_table(summaries: Sequence[Summary], compared_with: str = COMPARED_WIT
         for summary in summaries
     ]
     return _markdown(head, lines)
+
+
+def second_table(summaries: Sequence[Summary], compared_with: str = COMPARED_WITH) -> str:
+    """What the second judges say."""
+    head = ["second judges", *MEASURES, f"harmonic mean, difference to {compared_with}"]
+    lines = [
+        [
+            summary.row.name,
+            *(_interval(summary.means[measure]) for measure in SECOND),
+            _difference(summary.differences["second_harmonic_mean"]) if summary.differences else "",
+        ]
+        for summary in summaries
+    ]
+    return _markdown(head, lines)
+
+
+def colour_table(summaries: Sequence[Summary], compared_with: str = COMPARED_WITH) -> str:
+    """Colour and contrast (colour.py), each with its difference to the row `compared_with`."""
+    head = ["colour and contrast"]
+    for measure in COLOUR:
+        head += [measure, f"to {compared_with}"]
+    lines = []
+    for summary in summaries:
+        line = [summary.row.name]
+        for measure in COLOUR:
+            line += [f"{summary.means[measure].mean:.3f}", _difference(summary.differences[measure]) if summary.differences else ""]
+        lines.append(line)
+    return _markdown(head, lines)
+
+
+def agreement_text(found: Mapping[str, Agreement]) -> str:
+    """A line for each question."""
+    return "\n".join(
+        f"First and second judges on the {question}, {agreement.pictures} pictures: correlation "
+        f"{'-' if agreement.correlation is None else f'{agreement.correlation:.2f}'}, the same answer (above 0.5 or not) in "
+        f"{100 * agreement.same:.0f} %."
+        for question, agreement in found.items()
+    )
 
 
 def diagnosis_table(summaries: Sequence[Summary]) -> str:
@@ -79,4 +117,4 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([row(head), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(row, lines)])
 
 
-__all__ = ["diagnosis_table", "scores_table"]
+__all__ = ["agreement_text", "colour_table", "diagnosis_table", "scores_table", "second_table"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .colour import Colour
 from .diagnosis import Diagnosis
 from .methods import Row
 from .protocol import CFG_SCALE, PICTURED, PICTURED_SEEDS, SEEDS, STEPS, TUNING, Pair
+
+SCORES = ("subject", "style", "second_subject", "second_style", *Colour._fields)
+"""An outcome's, of each picture."""
 
 
 class Scores(Protocol):
@@ -25,7 +29,7 @@ class Scores(Protocol):
 
 
 class Judge(Protocol):
-    """See toy.judges.Judges."""
+    """See dynfuse_world.judges.Judges."""
 
     def scores(self, pictures: Tensor) -> Scores:
         """pictures: (B, 3, 64, 64) in [-1, 1]."""
@@ -33,15 +37,15 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """weights: folder of the world's networks and LoRAs. references: folder for the guidance's references.
+    """weights: folders of the world's networks and LoRAs, by what their pairs have as `files`. references: folder for the guidance's.
 
-    load_judge: makes the judge of a folder of weights; a function that other processes can import. seeds, steps, cfg_scale: the
-    protocol's, but for trials. loudness: factors on the strength of the subject's and the style's file.
+    load_judges: makes the first and the second judges of a folder of weights; a function that other processes can import. seeds, steps,
+    cfg_scale: the protocol's, but for trials. loudness: factors on the strength of the subject's and the style's file.
     """
 
-    weights: Path
+    weights: Mapping[str, Path]
     references: Path
-    load_judge: Callable[[Path], Judge]
+    load_judges: Callable[[Path], tuple[Judge, Judge]]
     seeds: tuple[int, ...] = SEEDS
     steps: int = STEPS
     cfg_scale: float = CFG_SCALE
@@ -59,7 +63,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """subject, style: (seeds,) probabilities of the right answers. seconds: of one processor for one picture,
+    """subject, style, second_subject, second_style: (seeds,) probabilities of the right answers, by the first judges and by the second.
+    saturation, contrast, clipped: (seeds,), see colour.py. seconds: of one processor for one picture,
     without making the references.
 
     pictures: (shown, H, W, 3) uint8.
@@ -69,6 +74,11 @@ class Outcome:
     row: str
     subject: NDArray[np.float64]
     style: NDArray[np.float64]
+    second_subject: NDArray[np.float64]
+    second_style: NDArray[np.float64]
+    saturation: NDArray[np.float64]
+    contrast: NDArray[np.float64]
+    clipped: NDArray[np.float64]
     seconds: float
     pictures: NDArray[np.uint8]
     diagnosis: Diagnosis | None
@@ -81,11 +91,11 @@ def tasks(pairs: Sequence[Pair], rows: Sequence[Row]) -> list[Task]:
     when a pair's second one comes to be made, its references are there.
     """
     return [
-        Task(pair, row, PICTURED_SEEDS if pair in PICTURED else 0)
+        Task(pair, row, PICTURED_SEEDS if pair.plain in PICTURED else 0)
         for row in sorted(rows, key=lambda row: not row.guided)
         for pair in pairs
-        if row.group != "sweep" or pair in TUNING
+        if row.group != "sweep" or pair.plain in TUNING
     ]
 
 
-__all__ = ["Judge", "Outcome", "Scores", "Setup", "Task", "tasks"]
+__all__ = ["SCORES", "Judge", "Outcome", "Scores", "Setup", "Task", "tasks"]

@@ -5,7 +5,9 @@
 import copy
 import json
 import re
+import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +17,12 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers", reason="the world's model is a diffusers pipeline")
 
 from dynfuse_world import benchmark, model
-from dynfuse_world.benchmark.making import RandomChoice, Studio, louder, random_choice, shipped_judge
-from dynfuse_world.benchmark.methods import ROWS, row_of
-from dynfuse_world.benchmark.protocol import TUNING
+from dynfuse_world.benchmark.making import RandomChoice, Studio, louder, random_choice, shipped_judges
+from dynfuse_world.benchmark.methods import ROWS, SWEEP, row_of
+from dynfuse_world.benchmark.protocol import PICTURED, TUNING
 from dynfuse_world.benchmark.run import made
-from dynfuse_world.benchmark.work import Setup, Task, tasks
-from dynfuse_world.judges import Judges
+from dynfuse_world.benchmark.work import SCORES, Setup, Task, tasks
+from dynfuse_world.judges import Judges, SecondJudges
 from dynfuse_world.oracles import read_oracle, write_oracles
 from lib_dynfuse.fusion import Rows
 from lib_dynfuse.fusion.session import FusionSession
@@ -62,6 +64,7 @@ def weights(tmp_path_factory):
         model.save_network(model.new_vae(), folder / "vae.safetensors", {"scaling_factor": "0.35"})
         model.save_text_encoder(model.new_text_encoder(), folder / "text_encoder.safetensors")
         model.save_network(Judges(), folder / "judges.safetensors")
+        model.save_network(SecondJudges(), folder / "judges2.safetensors")
     (folder / "loras").mkdir()
     for seed, name in enumerate((PAIR.subject, PAIR.style)):
         save_file(attention_lora(unet, 8, seed), folder / "loras" / f"{name}.safetensors")
@@ -73,12 +76,12 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def setup(weights, tmp_path):
-    return Setup(weights, tmp_path / "references", shipped_judge, SEEDS, STEPS)
+    return Setup({"": weights}, tmp_path / "references", shipped_judges, SEEDS, STEPS)
 
 
 @pytest.fixture(scope="module")
 def studio(weights, tmp_path_factory):
-    return Studio(Setup(weights, tmp_path_factory.mktemp("references"), shipped_judge, SEEDS, STEPS))
+    return Studio(Setup({"": weights}, tmp_path_factory.mktemp("references"), shipped_judges, SEEDS, STEPS))
 
 
 def made_of(studio, row):
@@ -90,7 +93,7 @@ def test_every_row_is_made_and_judged(studio):
     for outcome in outcomes.values():
         assert outcome.pictures.shape == (len(SEEDS), 64, 64, 3)
         assert outcome.seconds > 0
-        for scores in (outcome.subject, outcome.style):
+        for scores in (getattr(outcome, name) for name in SCORES):
             assert scores.shape == (len(SEEDS),)
             assert ((scores >= 0) & (scores <= 1)).all()
     assert {name for name, outcome in outcomes.items() if outcome.diagnosis} == {"selection", "both"}
@@ -101,7 +104,7 @@ def test_every_row_is_made_and_judged(studio):
 
 def test_the_tuned_row_is_the_pair_with_what_was_found_for_it(studio, weights, tmp_path):
     loras = [read_lora(weights / "loras" / f"{name}.safetensors") for name in (PAIR.subject, PAIR.style)]
-    fused = FusedPipeline(model.load_pipeline(weights), *loras, ROW["tuned"].settings_for(PAIR), studio._guidance)
+    fused = FusedPipeline(model.load_pipeline(weights), *loras, ROW["tuned"].settings_for(PAIR), studio.world(PAIR).guidance)
     found = fused.tuned(PAIR.prompt, seed=SEEDS[0], steps=STEPS, cfg_scale=5.0)
     plain = FusedPipeline(model.load_pipeline(weights), *loras, found.settings(FuseSettings()))
     images = plain(PAIR.prompt, seeds=SEEDS, steps=STEPS, cfg_scale=5.0).images
@@ -188,7 +191,7 @@ def test_the_time_of_a_row_is_without_its_references(weights, tmp_path, monkeypa
     """On a clock that a denoising step moves on by one second; at first the references are made, then they are there."""
     steps: list[None] = []
     monkeypatch.setattr(time, "process_time", lambda: float(len(steps)))
-    fresh = Studio(Setup(weights, tmp_path / "references", shipped_judge, SEEDS, STEPS), lambda: steps.append(None))
+    fresh = Studio(Setup({"": weights}, tmp_path / "references", shipped_judges, SEEDS, STEPS), lambda: steps.append(None))
     first, second = (fresh.make(Task(PAIR, ROW["guidance"], 1)) for _ in range(2))
     assert len(steps) == 4 * STEPS
     assert len(list((tmp_path / "references").glob("*.png"))) == 2
@@ -200,9 +203,54 @@ def test_the_numbers_are_the_same_on_any_number_of_processes(setup):
     work = tasks([PAIR], [ROW["direct"], ROW["selection"], ROW["guidance"]])
     for alone, together in zip(made(work, setup, 1), made(work, setup, 2), strict=True):
         assert (alone.pair, alone.row) == (together.pair, together.row)
-        for name in ("subject", "style", "pictures"):
+        for name in (*SCORES, "pictures"):
             np.testing.assert_array_equal(getattr(alone, name), getattr(together, name))
         assert alone.diagnosis == together.diagnosis
+
+
+def test_a_picture_is_scored_by_both_judges_and_its_colours_are_its_own(studio):
+    outcome = made_of(studio, ROW["direct"])
+    floats = torch.from_numpy(outcome.pictures / np.float32(127.5) - 1).permute(0, 3, 1, 2)
+    for prefix, judges in zip(("", "second_"), studio.world(PAIR).judges, strict=True):
+        scores = judges.scores(floats)
+        for name, wanted in (("subject", scores.subject(PAIR.subject)), ("style", scores.style(PAIR.style))):
+            np.testing.assert_allclose(getattr(outcome, prefix + name), wanted.double(), atol=1e-6)
+    assert not np.allclose(outcome.subject, outcome.second_subject)
+    assert outcome.saturation == pytest.approx(np.ptp(outcome.pictures.astype(float), axis=3).mean((1, 2)) / 255)
+
+
+@pytest.fixture(scope="module")
+def others(weights, tmp_path_factory):
+    """A copy of the weights with other LoRAs."""
+    folder = shutil.copytree(weights, tmp_path_factory.mktemp("sets") / "overfit")
+    for seed, name in enumerate((PAIR.subject, PAIR.style), 50):
+        save_file(attention_lora(model.new_unet(), 8, seed), folder / "loras" / f"{name}.safetensors")
+    return folder
+
+
+def test_each_set_of_loras_is_made_as_if_it_were_alone(weights, others, setup, tmp_path):
+    """Guided, so that references are made, kept in a folder that all sets share, and found by another process."""
+    sets = {"plain": weights, "overfit": others}
+    pairs = [replace(PAIR, files=files) for files in sets]
+    rows = [ROW["guidance"], row_of("random criterion=js", "tried")]
+    together = made(tasks(pairs, rows), replace(setup, weights=sets), 1)
+    assert [outcome.pair.name for outcome in together] == [f"{PAIR.name}@plain", f"{PAIR.name}@overfit"] * 2
+    for outcome in together:
+        alone = Studio(Setup({"": sets[outcome.pair.files]}, tmp_path / f"alone-{outcome.pair.files}", shipped_judges, SEEDS, STEPS))
+        task = next(task for task in tasks([PAIR], rows) if task.row.name == outcome.row)
+        for name in SCORES:
+            np.testing.assert_array_equal(getattr(outcome, name), getattr(alone.make(task), name))
+    assert not np.array_equal(together[0].subject, together[1].subject)
+    kept = {files: {path.name for path in (setup.references / files).glob("*.png")} for files in sets}
+    assert [len(names) for names in kept.values()] == [2, 2]
+    assert not list(setup.references.glob("*.png"))
+
+
+def test_the_sweep_and_the_shown_pictures_are_of_every_set():
+    pairs = [replace(pair, files=files) for files in ("a", "b") for pair in (*TUNING, *PICTURED)]
+    work = tasks(pairs, [ROW["direct"], SWEEP[0]])
+    assert [task.pair.files for task in work if task.row == SWEEP[0]] == ["a"] * 4 + ["b"] * 4
+    assert sum(task.shown > 0 for task in work) == 2 * len(PICTURED)
 
 
 def test_a_louder_file_is_the_same_lora_at_another_weight(weights):
@@ -229,7 +277,7 @@ def test_an_exception_between_steps_ends_the_work(setup):
 def test_a_missing_file_is_told_by_the_process_that_missed_it(tmp_path):
     work = tasks([PAIR], [ROW["direct"], ROW["selection"]])
     with pytest.raises(OSError, match="vae"):
-        made(work, Setup(tmp_path, tmp_path, shipped_judge, SEEDS, STEPS), 2)
+        made(work, Setup({"": tmp_path}, tmp_path, shipped_judges, SEEDS, STEPS), 2)
 
 
 @pytest.fixture
@@ -253,14 +301,48 @@ def test_the_command_prints_json(short, capsys):
     result = json.loads(capsys.readouterr().out)
     assert [row["row"] for row in result["tuning"]] == ["direct"]
     assert result["reported"] == []
-    assert len(result["pictures"][0]["subject"]) == 2
+    assert all(len(result["pictures"][0][name]) == 2 for name in SCORES)
+    assert result["agreement"]["style"]["pictures"] == 2
     protocol = result["protocol"]
     assert (protocol["steps"], protocol["cfg_scale"], protocol["loudness"], protocol["seeds"]) == (STEPS, 3.0, [1.5, 0.5], [7, 8])
     assert result["run"]["torch"] == torch.__version__
 
 
+def test_the_command_pools_several_sets_and_tells_each(short, weights, others, capsys):
+    rest = short[2:]
+    sets = ["--weights", f"plain={weights}", "--weights", str(others)]
+    rows = ["--only", "direct", "--only", "selection"]
+    assert benchmark.main([*rest, *sets, *rows, "--json"]) == 0
+    pooled = json.loads(capsys.readouterr().out)
+    assert pooled["protocol"]["sets"] == ["plain", "overfit"]
+    assert pooled["protocol"]["tuning"] == [f"{PAIR.name}@plain", f"{PAIR.name}@overfit"]
+    assert {picture["pair"] for picture in pooled["pictures"]} == set(pooled["protocol"]["tuning"])
+    means = {files: {row["row"]: row["means"]["subject"][0] for row in found["tuning"]} for files, found in pooled["sets"].items()}
+    for row in pooled["tuning"]:
+        assert row["means"]["subject"][0] == pytest.approx(np.mean([means[files][row["row"]] for files in ("plain", "overfit")]))
+    for files, folder in (("plain", weights), ("overfit", others)):
+        assert benchmark.main([*rest, "--weights", str(folder), *rows, "--json"]) == 0
+        alone = json.loads(capsys.readouterr().out)
+        assert alone["sets"] == {}
+        assert {row["row"]: row["means"]["subject"][0] for row in alone["tuning"]} == pytest.approx(means[files])
+    assert benchmark.main([*rest, *sets, *rows]) == 0
+    printed = capsys.readouterr().out
+    assert "Tuning pairs: 2 × 2 pictures a row" in printed
+    assert printed.count("\n| direct ") == 1 + 2 + 2  # pooled, of each set, by the second judges, its colours
+
+
 @pytest.mark.parametrize(
-    "wrong", [["--only", "fusion"], ["--try", "fusion"], ["--pairs", "zib-flat"], ["--pairs", "reported", "--only", "sweep"]]
+    "wrong",
+    [
+        ["--weights", "a=x", "--weights", "a=y"],
+        ["--weights", "x/same", "--weights", "y/same"],
+        ["--weights", "a b=x"],
+        ["--weights", "=x", "--weights", "b=y"],
+        ["--only", "fusion"],
+        ["--try", "fusion"],
+        ["--pairs", "zib-flat"],
+        ["--pairs", "reported", "--only", "sweep"],
+    ],
 )
 def test_what_the_command_cannot_do_it_says_in_a_sentence(wrong, capsys):
     assert benchmark.main(wrong) == 2

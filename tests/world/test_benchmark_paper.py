@@ -7,7 +7,7 @@ from dynfuse_world.benchmark.command import main
 from dynfuse_world.benchmark.methods import ROWS, SWEEP, ZIPLORA
 from dynfuse_world.benchmark.paper import TABLES, distinct, paper_text, summaries_of, tables_of
 from dynfuse_world.benchmark.protocol import REPORTED
-from dynfuse_world.benchmark.work import Outcome, tasks
+from dynfuse_world.benchmark.work import SCORES, Outcome, tasks
 
 PAIRS = REPORTED[:3]
 
@@ -18,7 +18,7 @@ def outcomes(rows, seeds=4):
     for place, row in enumerate(rows):
         for pair in PAIRS:
             scores = np.full(seeds, 0.1 + 0.05 * place)
-            made.append(Outcome(pair, row.name, scores, scores, 1.0, np.zeros((0, 4, 4, 3), np.uint8), None))
+            made.append(Outcome(pair, row.name, *[scores] * len(SCORES), 1.0, np.zeros((0, 4, 4, 3), np.uint8), None))
     return made
 
 

@@ -11,9 +11,9 @@ from dynfuse_world.benchmark.diagnosis import Diagnosis
 from dynfuse_world.benchmark.methods import ROWS
 from dynfuse_world.benchmark.pictures import bars, plane, sheet, write_pictures
 from dynfuse_world.benchmark.protocol import REPORTED
-from dynfuse_world.benchmark.summary import OF_MEANS, as_json, summaries
-from dynfuse_world.benchmark.table import diagnosis_table, scores_table
-from dynfuse_world.benchmark.work import Outcome
+from dynfuse_world.benchmark.summary import ALL, COLOUR, OF_MEANS, agreements, as_json, summaries
+from dynfuse_world.benchmark.table import agreement_text, colour_table, diagnosis_table, scores_table, second_table
+from dynfuse_world.benchmark.work import SCORES, Outcome
 
 PAIRS = REPORTED[:3]
 SEEDS = 6
@@ -24,10 +24,10 @@ CHOSEN = [row for row in ROWS if row.name in NAMES]
 def outcome(pair, row, *, better=0.0, shown=0):
     """The same noise in every row."""
     rng = np.random.default_rng([*pair.name.encode()])
-    subject, style = np.clip(rng.uniform(0.2, 0.6, (2, SEEDS)) + better, 0, 1)
+    scores = np.clip(rng.uniform(0.2, 0.6, (len(SCORES), SEEDS)) + better, 0, 1)
     pictures = rng.integers(0, 256, (shown, 8, 8, 3), dtype=np.uint8)
     found = Diagnosis(0.25, {"self q": 0.5}, {"mid": 0.125}, [0.25], 0.1, 0.5) if row == "selection" else None
-    return Outcome(pair, row, subject, style, 0.5, pictures, found)
+    return Outcome(pair, row, *scores, 0.5, pictures, found)
 
 
 OUTCOMES = [
@@ -79,6 +79,40 @@ def test_the_table_is_markdown_with_a_line_for_each_row(found):
     assert "**+0.1" in lines[3]
 
 
+def test_the_second_judges_and_the_colours_have_tables_of_their_own(found):
+    direct = [outcome for outcome in OUTCOMES if outcome.row == "direct"]
+    subject, style = (np.stack([getattr(o, f"second_{name}") for o in direct]) for name in ("subject", "style"))
+    assert found[0].means["second_harmonic_mean"].mean == pytest.approx((2 / (1 / subject + 1 / style)).mean())
+    assert found[0].means["clipped"].mean == pytest.approx(np.mean([o.clipped for o in direct]))
+    assert found[1].differences["saturation"].mean == pytest.approx(0.1)
+    for table, columns in ((second_table(found), 5), (colour_table(found), 1 + 2 * len(COLOUR))):
+        head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n"))
+        assert [line[0] for line in lines] == list(NAMES)
+        assert {len(line) for line in (head, *lines)} == {columns}
+        assert lines[0][-1] == ""
+        assert lines[1][-1].startswith("**+0.1")
+    assert f"{subject.mean():.2f} (" in second_table(found).split("\n")[2]
+
+
+def test_how_far_two_judges_agree_is_pearsons_correlation_and_the_share_of_like_answers():
+    first = np.array([0.1, 0.9, 0.6, 0.4, 0.2, 0.7])
+    second = np.array([0.2, 0.8, 0.4, 0.45, 0.6, 0.9])
+    pictures = np.zeros((0, 8, 8, 3), np.uint8)
+    scores = dict.fromkeys(SCORES, first) | {"second_subject": second, "second_style": np.zeros(6)}
+    halves = [
+        Outcome(PAIRS[0], "direct", **{name: value[part] for name, value in scores.items()}, seconds=1.0, pictures=pictures, diagnosis=None)
+        for part in (slice(0, 2), slice(2, 6))
+    ]
+    found = agreements(halves)
+    a, b = first - first.mean(), second - second.mean()
+    assert found["subject"].correlation == pytest.approx((a @ b) / np.sqrt((a @ a) * (b @ b)))
+    assert found["subject"].same == pytest.approx(4 / 6)
+    assert found["subject"].pictures == 6
+    assert found["style"].correlation is None
+    assert found["style"].same == pytest.approx(3 / 6)
+    assert "67 %" in agreement_text(found)
+
+
 def test_only_rows_that_choose_are_diagnosed(found):
     table = diagnosis_table(found)
     assert "0.25" in table
@@ -91,6 +125,8 @@ def test_a_summary_is_json(found):
     read = json.loads(json.dumps([as_json(summary) for summary in found]))
     assert read[1]["means"]["subject"][0] == pytest.approx(read[0]["means"]["subject"][0] + 0.1)
     assert read[1]["diagnosis"]["loudness"] == 0.5
+    assert set(read[1]["means"]) == {*ALL, OF_MEANS}
+    assert set(read[1]["differences_to_direct"]) == set(ALL)
 
 
 def test_a_sheet_shows_every_picture_enlarged_in_its_row():
