@@ -116,6 +116,7 @@ class DynFuseScript(scripts.Script):
             return
         p.extra_generation_params.pop(infotext.NOTE, None)
         settings = _settings_or_none(p, arguments)
+        tuning.forget(p)
         _tell(p, settings)
         if settings is None and not tags and _is_empty(arguments) and not axes.asked(p):
             _say(p, "no LoRA is chosen in the panel, so nothing was fused")
@@ -149,6 +150,7 @@ class DynFuseScript(scripts.Script):
             data[EXTRA_NETWORK] = [extra_networks.ExtraNetworkParams(items=items) for items in tag.find_tags(text)]
         if detect().off is None:
             _tell(p, _settings_or_none(p, arguments))  # of the prompts as they have become
+            tuning.tell_again(p)  # found before this hook, as the LoRAs are
 
     @_harmless
     def process_before_every_sampling(self, p: Any, *arguments: Any, **kwargs: Any) -> None:

@@ -31,6 +31,7 @@ GENERATE = "dynfuse-generate"
 """In the message's HTML, it has the browser press Generate."""
 
 _PROMPTS = ("all_prompts", "all_hr_prompts")
+_TOLD = "dynfuse_tuned"
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,22 @@ def _sentence(text: str, mark: str = "") -> str:
 
 def tell(p: Any, asked: FuseSettings, used: FuseSettings, found: Tuned | None) -> None:
     """Write what is used into the job's prompts and infotext in place of what was asked for, so that a paste repeats the picture."""
+    setattr(p, _TOLD, {**getattr(p, _TOLD, {}), asked: (used, found)})
+    _write(p, asked, used, found)
 
+
+def tell_again(p: Any) -> None:
+    """Write it once more, after the infotext was made anew from what the panel says."""
+    for asked, told in getattr(p, _TOLD, {}).items():
+        _write(p, asked, *told)
+
+
+def forget(p: Any) -> None:
+    """Of another job with the same object, or with one that this is a copy of."""
+    setattr(p, _TOLD, {})
+
+
+def _write(p: Any, asked: FuseSettings, used: FuseSettings, found: Tuned | None) -> None:
     def replaced(prompt: str) -> str:
         return tag.replace_tags(prompt, functools.partial(_replacement, asked, used))
 
@@ -165,4 +181,4 @@ def _where(enabled: Any, text: str | None) -> Any:
     return lambda **about: text if enabled(**about) is not None else None
 
 
-__all__ = ["Sheet", "Tuning", "build", "build_sheet", "sheet_html", "tell", "wire"]
+__all__ = ["Sheet", "Tuning", "build", "build_sheet", "forget", "sheet_html", "tell", "tell_again", "wire"]

@@ -126,12 +126,15 @@ class TestTold:
 
     def test_the_panels_infotext_has_the_found_values(self, script_module, found, host):
         p = Job("a dog", "a dog")
-        script_module.DynFuseScript().process(
-            p, True, {name: getattr(ASKED, name) for name in ("subject", "style", "style_weight", "tune")}
-        )
+        script = script_module.DynFuseScript()
+        values = {name: getattr(ASKED, name) for name in ("subject", "style", "style_weight", "tune")}
+        script.process(p, True, values)
         assert self.entries(p)["DynFuse tune"] == "auto"
         used = found.settings(ASKED)
-        tuning.tell(p, ASKED, used, found)
+        for number in range(2):
+            if not number:  # the next batch has them already
+                tuning.tell(p, ASKED, used, found)
+            script.process_batch(p, True, values, prompts=["a dog"], batch_number=number)
         read = infotext.read_settings({key: value for key, value in self.entries(p).items() if value is not None})
         assert read == used
         assert read.tune == "off"
