@@ -28,7 +28,7 @@ MORE_STYLES = ((213, 94, 0), (240, 228, 66), (204, 121, 167))
 ONE_SIDED = (178, 178, 178)
 NOT_REACHED = (238, 238, 238)
 # The same on any background.
-_PALE = (128, 128, 128, 34)
+NOT_REACHED_PAINT = (128, 128, 128, 34)
 
 _BACKGROUND = (255, 255, 255)
 _INK = (32, 32, 32)
@@ -203,7 +203,7 @@ def painted(trace: Trace, image: int) -> Tensor:
     mixed, loudness = _mixed(trace, image)
     colours = torch.cat([mixed, 255 * loudness], -1).round().to(torch.uint8)
     colours[:, ~trace.decided] = torch.tensor((*ONE_SIDED, 255), dtype=torch.uint8)
-    colours[~trace.reached] = torch.tensor(_PALE, dtype=torch.uint8)
+    colours[~trace.reached] = torch.tensor(NOT_REACHED_PAINT, dtype=torch.uint8)
     return colours
 
 
@@ -332,6 +332,6 @@ def _sentence(text: str) -> Image.Image:
 
 
 __all__ = [
-    *("MORE_STYLES", "MORE_SUBJECTS", "NOT_REACHED", "ONE_SIDED", "STYLE", "SUBJECT"),
+    *("MORE_STYLES", "MORE_SUBJECTS", "NOT_REACHED", "NOT_REACHED_PAINT", "ONE_SIDED", "STYLE", "SUBJECT"),
     *("Block", "Entry", "Layout", "colours_of", "draw", "entries", "painted", "percent", "plot", "text_font"),
 ]

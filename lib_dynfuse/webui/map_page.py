@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from ..fusion import Trace
-from ..fusion.selection_map import ONE_SIDED, Block, Layout, entries, painted, percent, plot
+from ..fusion.selection_map import NOT_REACHED_PAINT, ONE_SIDED, Block, Layout, entries, painted, percent, plot
 from . import pictures
 
 # Of the map's width: about the room of two digits in a narrow panel.
@@ -28,6 +28,8 @@ def map_html(trace: Trace, image: int, names: Sequence[str], caption: str) -> st
     alone = int((~own.decided).sum())
     if alone:
         legend += _key(ONE_SIDED, "changed by one LoRA only", f"{alone} of {len(layout.columns)} layers")
+    if not own.reached.all():
+        legend += _key(NOT_REACHED_PAINT, "not measured", "")
     steps = "".join(_at(place, str(number), "top") for number, place in _step_numbers(len(own.weights), layout.cell_height))
     numbers, groups = _block_labels(layout)
     address, height = pictures.picture_address(cells), cells.height
@@ -40,8 +42,11 @@ def map_html(trace: Trace, image: int, names: Sequence[str], caption: str) -> st
     )
 
 
-def _key(colour: tuple[int, int, int], text: str, share: str) -> str:
-    return f'<span><i style="background: rgb{colour}"></i>{html.escape(text)} <b>{share}</b></span>'
+def _key(colour: tuple[int, ...], text: str, share: str) -> str:
+    """colour: red, green, blue, and how solid it is, each to 255."""
+    red, green, blue, solid = (*colour, 255)[:4]
+    told = f" <b>{share}</b>" if share else ""
+    return f'<span><i style="background: rgba({red}, {green}, {blue}, {solid / 255:.3g})"></i>{html.escape(text)}{told}</span>'
 
 
 def _at(place: float, text: str, side: str) -> str:

@@ -172,6 +172,7 @@ def test_the_map_lies_on_the_page():
     assert opacity == [0, 128]
     assert set(picture[rows // 2, :, 3].unique().tolist()) == {0, 255}
     assert picture[-2, columns - 2, 3] < 60
+    assert ">not measured</span>" in shown.replace("</i>", ">")
     for text in ("Subject: &lt;dog&gt; <b>", "Style: watercolor <b>", "<b>60 %</b>", ">1</span>", ">2</span>", ">in</span>"):
         assert text in shown
 
@@ -186,6 +187,7 @@ def test_the_selection_that_would_have_been_is_a_map_of_its_own():
     assert results.has_selection(one)
     (used,), (selected,) = cells(page()), cells(page(view=results.SELECTED))
     assert tuple(used[0, 0].tolist()) == tuple(selected[-1, -1].tolist()) == (*SUBJECT, 255)
+    assert "not measured" not in page()
     done.settings = dataclasses.replace(done.settings, method="dynfuse")
     job("3", done)
     assert not results.has_selection(*results.pictures_of("txt2img", "3"))
