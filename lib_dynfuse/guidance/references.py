@@ -197,6 +197,10 @@ class ReferenceCache:
                 continue
         return sorted(found, key=lambda entry: entry.time, reverse=True)
 
+    def state(self) -> tuple[object, ...]:
+        """Changes when anything in the folder does, or is used. No file is opened."""
+        return self.limit_bytes, *sorted((path.name, size, used) for path, size, used in self._files())
+
     def size(self) -> int:
         """Bytes in the folder."""
         return sum(size for _, size, _ in self._files())

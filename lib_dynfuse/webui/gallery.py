@@ -10,8 +10,19 @@ from . import pictures
 MOST_SHOWN = 12
 
 
+_last: dict[str, tuple[object, str]] = {}
+"""By folder: its state, and the page that was made of it. Asked for after every job, most of which make no reference."""
+
+
 def gallery_html(cache: ReferenceCache) -> str:
     """The pictures used last with their prompts, and how much is kept."""
+    folder, state = str(cache.folder), cache.state()
+    if folder not in _last or _last[folder][0] != state:
+        _last[folder] = state, _made(cache)
+    return _last[folder][1]
+
+
+def _made(cache: ReferenceCache) -> str:
     entries = cache.entries()
     if not entries:
         return '<p class="dynfuse-kept">No picture is kept yet.</p>'

@@ -69,3 +69,22 @@ def test_clearing_says_what_was_removed(cache):
     assert "2 pictures removed" in page
     assert "No picture is kept yet" in page
     assert cache.size() == 0
+
+
+def test_it_is_made_anew_only_where_something_was_kept_used_or_removed(cache, monkeypatch):
+    made = []
+    entries = ReferenceCache.entries
+    monkeypatch.setattr(ReferenceCache, "entries", lambda self: made.append(self) or entries(self))
+    name = cache.keep_picture(Image.new("RGB", (8, 8), "red"))
+    first = gallery_html(cache)
+    assert gallery_html(cache) == first
+    assert len(made) == 1
+    os.utime(cache.folder / f"given-{name}.png", (1, 1))
+    cache.picture(name)
+    gallery_html(cache)
+    assert len(made) == 2
+    cache.keep_picture(Image.new("RGB", (8, 8), "blue"))
+    assert "2 pictures kept" in gallery_html(cache)
+    (cache.folder / f"given-{name}.png").unlink()
+    assert "1 picture kept" in gallery_html(cache)
+    assert len(made) == 4
