@@ -39,6 +39,7 @@ _ERROR_KEY = "error"
 _ERROR_START = f"<dynfuse:{_ERROR_KEY}="
 _IN_THE_NEGATIVE_PROMPT = "the tag <dynfuse:...> stands in the negative prompt, where it does nothing; it belongs into the prompt"
 # Cut as the host cuts (modules/extra_networks.py, re_extra_net): "<lora:dog<dynfuse:a:b>" is one tag, and not ours.
+_NAMES = "; in a LoRA's name {} is written {}"
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 _LOOSE = re.compile(r"<\s*(dynfuse)\s*:([^>]*)>", re.I)
 # What is left of one without its colon, or without brackets of its own: "dynfuse:a:b>", "(dynfuse:a:b)".
@@ -113,7 +114,7 @@ def parse_tag(items: Sequence[str]) -> FuseSettings:
         if not equals:
             name = next(positions, None)
             if name is None:
-                raise SettingsError(f"{tag} has too many parts; after the two weights only key=value may follow")
+                raise SettingsError(f"{tag} has too many parts; after the two weights only key=value may follow{_written(':')}")
             key, text = name, item
         key = key.strip()
         if key == _ERROR_KEY:
@@ -124,9 +125,25 @@ def parse_tag(items: Sequence[str]) -> FuseSettings:
     try:
         settings = FuseSettings.from_mapping({key: _parse(key, text) for key, text in texts.items()})
     except SettingsError as error:
-        raise SettingsError(f"{tag}: {error}") from None
-    check_pair(settings)
+        hint = "" if "did you mean" in str(error) else _perhaps_a_name(items, texts)
+        raise SettingsError(f"{tag}: {error}{hint}") from None
+    try:
+        check_pair(settings)
+    except SettingsError as error:
+        raise SettingsError(f"{error}{_written('>') if settings.subject and not settings.style else ''}") from None
     return settings
+
+
+def _perhaps_a_name(items: Sequence[str], texts: dict[str, str]) -> str:
+    """How a name is written, where a tag that cannot be read looks as if one had been cut in two."""
+    if any(key not in field_types() for key in texts):
+        return _written("=")
+    weights = [item for item in items if "=" not in item][2:]
+    return _written(":") if any(re.search(r"[^\W\d_]", item) for item in weights) else ""
+
+
+def _written(character: str) -> str:
+    return _NAMES.format(character, f"%{ord(character):02X}")
 
 
 def corrected(prompt: str) -> str:

@@ -95,6 +95,11 @@ def test_percent_signs_of_a_file_name_may_be_typed_as_they_are():
         ("<dynfuse:dog:watercolor:0.5:subject_weight=0.6>", ["subject_weight twice"]),
         ("<dynfuse:dog:watercolor:bias=-1>", ["bias must be at least 0"]),
         ("<dynfuse:dog:watercolor> <dynfuse:cat:ink>", ["more than one"]),
+        # The LoRAs' names hold characters of the tag's own: v1:dog, v1:2, a=b, dog>2.
+        ("<dynfuse:v1:dog:watercolor>", ["'watercolor'", "in a LoRA's name : is written %3A"]),
+        ("<dynfuse:v1:2:watercolor:0.8:1>", ["too many parts", ": is written %3A"]),
+        ("<dynfuse:a=b:watercolor>", ["unknown setting 'a'", "= is written %3D"]),
+        ("<dynfuse:dog>2:watercolor>", ["no style LoRA", "> is written %3E"]),
     ],
 )
 def test_a_malformed_tag_is_answered_with_one_sentence(prompt, words):
@@ -102,6 +107,12 @@ def test_a_malformed_tag_is_answered_with_one_sentence(prompt, words):
         read(prompt)
     assert all(word in str(raised.value) for word in words), str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_misspelt_setting_is_not_taken_for_a_name():
+    with pytest.raises(SettingsError) as error:
+        read("<dynfuse:dog:watercolor:contrst=2>")
+    assert "%3D" not in str(error.value)
 
 
 def test_a_mistake_made_elsewhere_travels_in_a_tag():

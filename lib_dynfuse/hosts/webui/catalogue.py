@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...text.tag import escape
 from ..references import activation_texts
 from .capabilities import Call, Value
 
@@ -111,7 +112,8 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     # Written as a path, as some lists of LoRAs show them: "people/dog.safetensors" is dog.
     file = re.split(r"[\\/]", name.lower())[-1].removesuffix(".safetensors")
     close = [by_lower[match] for match in difflib.get_close_matches(file, by_lower, n=3, cutoff=0.5)]
-    return f"there is no LoRA named {name!r}" + (f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ".")
+    told = [other if escape(other) == other else f"{other} (in a tag {escape(other)})" for other in dict.fromkeys(close)]
+    return f"there is no LoRA named {name!r}" + (f"; did you mean {' or '.join(told)}?" if told else ".")
 
 
 __all__ = ["NEEDS", "Catalogue", "UnknownLora"]

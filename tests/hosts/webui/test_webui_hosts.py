@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lib_dynfuse.hosts.webui.a1111 import A1111
+from lib_dynfuse.hosts.webui.catalogue import UnknownLora
 from lib_dynfuse.hosts.webui.host import WebUIHost
 from lib_dynfuse.text.tag import parse_tags
 from lib_dynfuse.webui import results, saving
@@ -849,6 +850,12 @@ class TestLoraList:
         assert webui.host.catalogue.path("doggo") is None
         assert webui.host.catalogue.path("dog") is not None
         webui.networks.forbidden_network_aliases.clear()
+
+    def test_a_name_that_a_tag_would_read_otherwise_is_told_as_it_is_written(self, webui, loras):
+        webui.files["100%3Adog"] = loras["dog"]
+        webui.host.catalogue.refresh()
+        with pytest.raises(UnknownLora, match=r"'100:dog'; did you mean 100%3Adog \(in a tag 100%253Adog\)"):
+            webui.host.catalogue.known_path("100:dog")
 
     def test_a_preview_beside_the_file_is_found(self, webui, tmp_path, loras):
         webui.files["pictured"] = shutil.copy(loras["dog"], tmp_path / "pictured.safetensors")
