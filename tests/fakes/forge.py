@@ -107,6 +107,10 @@ class CLIP:
         return self.patcher.add_patches(**kwargs)
 
 
+class Engine(types.SimpleNamespace):
+    """A loaded model."""
+
+
 class ForgeObjects(types.SimpleNamespace):
     def shallow_copy(self):
         return ForgeObjects(unet=self.unet, clip=self.clip, vae=self.vae)
@@ -167,7 +171,7 @@ class FakeForge(FakeWebUI):
         unet, clip = UnetPatcher(KModel(UNet(seed, Linear, **kwargs), predictor())), CLIP({"clip_l": TextEncoder(Linear)})
         vae = types.SimpleNamespace(first_stage_model=IntegratedAutoencoderKL(), vae_dtype=torch.float32)
         objects = ForgeObjects(unet=unet, clip=clip, vae=vae)
-        return types.SimpleNamespace(
+        return Engine(
             sd_checkpoint_info=types.SimpleNamespace(filename=filename),
             forge_objects=objects,
             forge_objects_original=objects.shallow_copy(),

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...lora.branch import Branch, LowRank, bound
-from .forge import ForgeTextEncoders, current_model, objects_in_use, text_patches
+from .forge import ForgeTextEncoders, current_model, text_patches
 from .text_parts import TextParts
 
 
@@ -46,12 +46,11 @@ class PatcherTextEncoders(ForgeTextEncoders):
             if patches:
                 self.add_patches(clip, patches, part.strength)
         # A clone with other patches is what the hosts merge anew, before the next prompt is encoded.
-        for objects in objects_in_use(model):
-            objects.clip = clip
+        self.give(model, clip)
         return unmatched
 
     def remove(self) -> None:
-        for objects in objects_in_use(current_model()):
+        for objects in self.objects_with_parts(current_model()):
             if any(ours(entry[1]) for entries in objects.clip.patcher.patches.values() for entry in entries):
                 objects.clip = objects.clip.clone()
                 patcher = objects.clip.patcher
@@ -59,6 +58,7 @@ class PatcherTextEncoders(ForgeTextEncoders):
                 patcher.patches = {key: entries for key, entries in kept.items() if entries}
                 if hasattr(patcher, "patches_uuid"):
                     patcher.patches_uuid = uuid.uuid4()
+        self._given = []
 
     @abstractmethod
     def low_rank(self, up: Tensor, down: Tensor, alpha: float) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -156,6 +157,25 @@ class ForgeSamplers(Samplers):
 class ForgeTextEncoders(TextEncoders):
     """The parts are patches of the text encoders, under names of our own."""
 
+    def __init__(self) -> None:
+        # A model that a refiner, or another checkpoint for the hires pass, took over from may stay loaded (reForge: sd_checkpoints_limit).
+        self._given: list[weakref.ref[Any]] = []
+
+    def objects_with_parts(self, model: Any) -> list[Any]:
+        """Where the patchers are that may have our parts: of this model, and of every one that was given some."""
+        models = {id(one): one for one in (model, *(given() for given in self._given)) if one is not None}
+        return [objects for one in models.values() for objects in objects_in_use(one)]
+
+    def give(self, model: Any, clip: Any) -> None:
+        """Put a clip with our parts wherever this model's is taken from.
+
+        Not by way of current_lora_hash: the other LoRAs' patches stay, and a plain load finds the store as it left it. Tags are sometimes
+        activated with no reset of forge_objects after it (processing.py:1585, hires), so both places are set.
+        """
+        self._given = [given for given in self._given if given() not in (None, model)] + [weakref.ref(model)]
+        for objects in objects_in_use(model):
+            objects.clip = clip
+
     def add(self, text: TextParts) -> list[str]:
         model = current_model()
         if model is None:
@@ -173,18 +193,16 @@ class ForgeTextEncoders(TextEncoders):
                     strength_patch=part.strength,
                     online_mode=_merges_online(model),
                 )
-        # Not by way of current_lora_hash: the other LoRAs' patches stay, and a plain load finds the store as it left it. Tags are
-        # sometimes activated with no reset of forge_objects after it (processing.py:1585, hires), so both places are set.
-        for objects in objects_in_use(model):
-            objects.clip = clip
+        self.give(model, clip)
         return unmatched
 
     def remove(self) -> None:
-        for objects in objects_in_use(current_model()):
+        for objects in self.objects_with_parts(current_model()):
             if any(_is_ours(key) for key in objects.clip.patcher.lora_patches):
                 objects.clip = objects.clip.clone()
                 patcher = objects.clip.patcher
                 patcher.lora_patches = {key: patches for key, patches in patcher.lora_patches.items() if not _is_ours(key)}
+        self._given = []
 
     @staticmethod
     def _text_weight(clip: Any, parameter: Tensor, key: str) -> Tensor:

@@ -15,7 +15,7 @@ if live_forks.address("CLASSIC") is None:
     pytest.skip("DYNFUSE_CLASSIC_URL names no running Forge Classic", allow_module_level=True)
 
 MODELS = {
-    "sd15": ("sd15tiny:sd15_a:sd15_b", {"foreign": "sdxlslim_b"}),
+    "sd15": ("sd15tiny:sd15_a:sd15_b:sd15_c", {"foreign": "sdxlslim_b", "refiner": "sd15refiner"}),
     "sdxl": ("sdxlslim:sdxlslim_a:sdxlslim_b", {"foreign": "sd15_b"}),
 }
 

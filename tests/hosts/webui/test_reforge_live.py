@@ -15,7 +15,7 @@ if live_forks.address("REFORGE") is None:
     pytest.skip("DYNFUSE_REFORGE_URL names no running reForge", allow_module_level=True)
 
 MODELS = {
-    "sd15": ("sd15tiny:sd15_a:sd15_b", {"foreign": "sdxlslim_b"}),
+    "sd15": ("sd15tiny:sd15_a:sd15_b:sd15_c", {"foreign": "sdxlslim_b", "refiner": "sd15refiner"}),
     "sdxl": ("sdxlslim:sdxlslim_a:sdxlslim_b", {"foreign": "sd15_b"}),
 }
 

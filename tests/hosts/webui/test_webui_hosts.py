@@ -336,6 +336,20 @@ class TestRefiner:
         for model in (base, refiner):
             assert own_forwards(model) == []
 
+    def test_models_that_stay_loaded_are_as_they_were(self, webui):
+        models = base, refiner = webui.shared.sd_model, webui.checkpoint("refiner", seed=3)
+        prompts = ("a dog", f"a dog {TAG}")
+
+        def pictures():
+            made = []
+            for webui.shared.sd_model in models:
+                made += [webui.run(prompt) for prompt in prompts]
+            return made
+
+        before = pictures()
+        run_with_refiner(webui, f"a cat {TAG}", base, refiner)
+        assert all(torch.equal(after, picture) for after, picture in zip(pictures(), before))
+
 
 def rename_layers(unet):
     """A model whose layers no LoRA names."""
