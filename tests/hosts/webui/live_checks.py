@@ -303,7 +303,7 @@ class TestNoTrace:
         fault(case, "")
         small = {"steps": 1}
         pairs = 50 if case is case.neighbours[0] else 5
-        for _ in range(3):
+        for _ in range(13):  # the panel keeps what is shown of the last twelve
             case.image(f"a cat {case.tag}", **small)
             case.image("a cat", **small)
         before = state_of(case)
