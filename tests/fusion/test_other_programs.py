@@ -68,6 +68,22 @@ def test_a_compiled_model_is_fused_as_the_model_itself(model, pair, x, program, 
         assert torch.equal(output, plain[name])
 
 
+@pytest.mark.parametrize("program", [compiled, compiled_inside, compiled_in_place])
+@torch.no_grad()
+def test_so_it_is_where_a_host_attaches_the_session_to_each_call(model, pair, x, program):
+    with fuse(model, *pair):
+        fused = model(x)
+    other = program(model)
+    other(x)
+    session = fuse(other, *pair)
+    session.begin()
+    with session.attached():
+        again = other(x)
+    session.end_step()
+    for name, output in fused.items():
+        assert torch.equal(again[name], output)
+
+
 @torch.no_grad()
 def test_its_program_is_back_afterwards(model, pair, x):
     other = compiled(model)

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lib_dynfuse import FuseSettings, Rows
+from lib_dynfuse import FuseSettings, Rows, read_lora
 from lib_dynfuse.fusion import FusionSession, Step
 from lib_dynfuse.fusion.rows import sampled_tokens
 
@@ -331,6 +332,21 @@ def test_a_lora_at_weight_nothing_is_not_computed_into_the_sum(tmp_path, model, 
     for number, step in enumerate(x):
         session.begin(Step.of(number, 20))
         with torch.no_grad(), session.attached(rows):
+            outputs = model(step)
+        session.end_step()
+        for name in NAMES:
+            y0, d = product(model, name, step, deltas[1][name])
+            torch.testing.assert_close(outputs[name].double(), y0 + d, rtol=1e-4, atol=1e-3)
+
+
+def test_so_is_one_whose_weight_is_nothing_throughout(tmp_path, model, loras, deltas):
+    lora_file(tmp_path / "huge.safetensors", model, NAMES, rank=4, seed=3)
+    tensors = load_file(tmp_path / "huge.safetensors")
+    save_file({key: tensor * 1e37 if "down" in key else tensor for key, tensor in tensors.items()}, tmp_path / "huge.safetensors")
+    session = FusionSession(model, read_lora(tmp_path / "huge.safetensors"), loras[1], FuseSettings(method="direct", subject_weight=0.0))
+    for number, step in enumerate(latents(1, steps=2) * 1e3):
+        session.begin(Step.of(number, 20))
+        with torch.no_grad(), session.attached(Rows((0,), (True,), 1)):
             outputs = model(step)
         session.end_step()
         for name in NAMES:
