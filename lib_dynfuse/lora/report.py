@@ -67,10 +67,9 @@ def describe_pair(a: LoraFile, b: LoraFile) -> list[str]:
     first, second = (branches_by_site(file, _aliases(file, base))[0] for file in (a, b))
     names = f"{printable(a.path.name)} and {printable(b.path.name)}"
     both = len(first.keys() & second.keys())
-    lines = [
-        f"{names} go together{f' on {named}' if named else ''}: both change {_count(both, 'layer')}, "
-        f"only the first {len(first) - both}, only the second {len(second) - both}."
-    ]
+    alone = (len(first) - both, len(second) - both)
+    rest = f", only the first {alone[0]}, only the second {alone[1]}" if any(alone) else " and no others"
+    lines = [f"{names} go together{f' on {named}' if named else ''}: both change {_count(both, 'layer')}{rest}."]
     loud = [loudness(file) for file in (a, b)]
     if loud[0] and loud[1]:
         quiet, strong = sorted(((value, printable(file.path.name)) for value, file in zip(loud, (a, b)) if value), key=itemgetter(0))

@@ -33,7 +33,7 @@ class TestChosen:
         said = chosen_html(host, "txt2img", ["dog"], ["watercolor"])
         assert "<b>dog</b> · SD 1.x · rank 2" in said
         assert "<b>watercolor</b> · SD 1.x · rank 8" in said
-        assert "go together on SD 1.x: both change 1 layer" in said
+        assert "go together on SD 1.x: both change 1 layer and no others." in said
         assert "dynfuse-warning" not in said
 
     def test_a_lora_for_another_base_model_is_a_warning(self, host):
