@@ -399,11 +399,11 @@ class FuseSettings:
         slider=(0.0, 5.0, 0.1),
     )
     contrast_every: int = setting(
-        5,
+        10,
         "Contrast every n steps",
         "Make the direction of the contrast anew only at every n-th step, and keep it in between: nearly as good, and cheaper.",
         minimum=1,
-        slider=(1, 10, 1),
+        slider=(1, 20, 1),
     )
     contrast_start: float = setting(
         0.0,

@@ -58,15 +58,18 @@ class Recipe:
 
 
 SUBJECT = Recipe(steps=600, prior=4)
-STYLE = Recipe(rate=1e-3, prior=4, moved=True, power=0.5)
+STYLE = Recipe(steps=600, rate=1e-3, prior=4, moved=True, power=0.5)
 """Colours and patterns are decided at the noisiest times. A style that learned places would bring its own objects' shapes along."""
+
+_STEPS = {"mok": 1000}
+"""Of subjects that are not yet themselves after as many as the others."""
 
 ORACLE = Recipe(steps=200, rate=3e-3)
 
 SETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "dropout": ({"module_dropout": 0.3}, {"module_dropout": 0.3}),
-    "overfit": ({"steps": 400, "rate": 2e-3, "prior": 0}, {"rate": 3e-3, "prior": 2}),
+    "overfit": ({"steps": 400, "rate": 2e-3, "prior": 0}, {"steps": 400, "rate": 3e-3, "prior": 2}),
 }
 """How users' files differ, as changes of the subjects' recipe and of the styles'. overfit: learned two or three times as fast, with few or
 none of the base model's own pictures beside, so that the LoRA changes more than its words ask for.
@@ -90,7 +93,8 @@ class Lesson:
 def subject_lesson(word: str) -> Lesson:
     """A subject in five styles that the base model knows, so that it is not tied to one of them."""
     scenes = tuple(Scene(word, style) for style in SUBJECT_STYLES)
-    return Lesson(word, scenes, tuple(caption(name_of(word), style) for style in SUBJECT_STYLES))
+    captions = tuple(caption(name_of(word), style) for style in SUBJECT_STYLES)
+    return Lesson(word, scenes, captions, dataclasses.replace(SUBJECT, steps=_STEPS.get(word, SUBJECT.steps)))
 
 
 def style_lesson(style: str) -> Lesson:

@@ -166,7 +166,7 @@ def test_the_range_of_steps(model, loras, merged, start, end, steps_inside):
     assert_close(predicted(session, model, steps, rows, [[0, 1]]), wanted)
 
 
-@pytest.mark.parametrize(("method", "recommended"), [("balanced", 1.0), ("direct", 0.0), ("dynfuse", 0.0)])
+@pytest.mark.parametrize(("method", "recommended"), [("balanced", 1.5), ("direct", 0.0), ("dynfuse", 0.0)])
 def test_below_0_the_method_says_how_much(model, loras, method, recommended):
     steps, rows = noise(3, 2, 5, WIDTH), Rows((0, 0), (False, True), 1)
     for unset in (FuseSettings(method=method), FuseSettings(method=method, contrast=-0.3)):

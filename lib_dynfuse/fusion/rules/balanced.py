@@ -27,7 +27,7 @@ class Balanced(Rule):
     name = "balanced"
     summary = "all LoRAs added everywhere, none more than twice as loud as another, away from the picture without them"
     constant = True
-    contrast = 1.0
+    contrast = 1.5
 
     _factors: Tensor | None = None
 
