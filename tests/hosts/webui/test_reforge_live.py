@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 
 from . import live_forks
+from .live import difference
 from .live_checks import *  # noqa: F403
+from .live_checks import with_refiner
 from .live_guidance_checks import *  # noqa: F403
 
 if live_forks.address("REFORGE") is None:
@@ -24,3 +26,13 @@ MODELS = {
 def case(request):
     request.param.load()
     return request.param
+
+
+def test_a_model_that_stays_loaded_beside_the_refiner_is_as_before(case, plain):
+    settings = with_refiner(case, case.refiner)
+    case.webui.options(sd_checkpoints_limit=2)
+    try:
+        case.image(f"a cat {case.tag}", **settings)
+        assert difference(case.pixels("a cat"), plain) == 0
+    finally:
+        case.webui.options(sd_checkpoints_limit=1)
