@@ -205,6 +205,8 @@ class FakeWebUI:
         self.jobs = 0
         self.interrupt_at = None
         self.interrupt_job = 1
+        self.refiner_from_disk = False
+        self.empty_prompt = None
         self.modules = {}
         shared = self.module(
             "modules.shared",
@@ -407,8 +409,15 @@ class FakeWebUI:
         if p.refiner is None or cfg_denoiser.step != p.refiner_step or self.shared.sd_model is p.refiner:
             return False
         self.shared.sd_model = p.refiner
+        if self.refiner_from_disk:
+            self.load()
         self.switch_model(cfg_denoiser)
         return True
+
+    def load(self):
+        """The end of sd_models.load_model: the empty prompt, for a p that is no job."""
+        self.modules["modules.extra_networks"].activate(Processing(""), {})
+        self.empty_prompt = self.encode([""])
 
     @staticmethod
     def picture(latent):

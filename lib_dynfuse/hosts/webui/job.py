@@ -185,6 +185,8 @@ class JobSeams:
     # extra_networks.activate
 
     def _around_activate(self, original: Callable[..., Any], p: Any, extra_network_data: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._is_unseen(p) and getattr(p, "all_prompts", None) is None:
+            return self._aside(original, p, extra_network_data, *args, **kwargs)
         data = self._read_again(p, extra_network_data or {})
         if self._asks(p, data) or self._active is not None or self._text_parts_in:
             job = FusionJob.of(p)
@@ -193,6 +195,16 @@ class JobSeams:
                 self._begin_pass(p, data)
         self._take_leftovers_back()
         return original(p, extra_network_data, *args, **kwargs)
+
+    def _aside(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What is no job, but a model that is loaded inside one, a refiner or for the hires pass: it encodes the empty prompt, without any
+        LoRA (sd_models.py, get_empty_cond). The job's own tags come after it.
+        """
+        active, self._active = self._active, None
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._active = active
 
     def _is_unseen(self, p: Any) -> bool:
         return bool(self._jobs) and all(p is not one for one in self._jobs)

@@ -336,6 +336,22 @@ class TestRefiner:
         for model in (base, refiner):
             assert own_forwards(model) == []
 
+    @pytest.mark.parametrize("host_name", ["forge", "neo", "reforge", "classic"])  # A1111 does not ask for its LoRAs again
+    def test_a_refiner_that_is_loaded_now_is_fused_as_one_that_was(self, webui):
+        base = webui.shared.sd_model
+        expected = run_with_refiner(webui, f"a cat {TAG}", base, webui.checkpoint("refiner", seed=3))
+        webui.refiner_from_disk = True
+        loaded = run_with_refiner(webui, f"a cat {TAG}", base, webui.checkpoint("refiner", seed=3))
+        assert torch.equal(loaded.images, expected.images)
+
+    def test_the_empty_prompt_of_a_model_that_is_loaded_in_a_job_has_no_loras(self, webui):
+        webui.refiner_from_disk = True
+        base = webui.shared.sd_model
+        run_with_refiner(webui, "a cat", base, webui.checkpoint("refiner", seed=3))
+        plain = webui.empty_prompt
+        run_with_refiner(webui, f"a cat {TAG}", base, webui.checkpoint("refiner", seed=3))
+        assert torch.equal(webui.empty_prompt, plain)
+
     def test_models_that_stay_loaded_are_as_they_were(self, webui):
         models = base, refiner = webui.shared.sd_model, webui.checkpoint("refiner", seed=3)
         prompts = ("a dog", f"a dog {TAG}")
