@@ -35,7 +35,7 @@ _SMALLEST_PIXELS = 128
 # What autograd says about operations that other extensions may bring into the denoiser, in lower case.
 _NOT_DIFFERENTIABLE = ("inference tensor", "requires grad", "in-place operation", "inplace operation", "overwritten")
 
-# Bytes per decoded pixel and image that a decoder and its gradient take. docs/benchmarks.md: 1,726 MiB for a VAE and 361 MiB for TAESD
+# Bytes per decoded pixel and image that a decoder and its gradient take. docs/benchmarks.md: 1,688 MiB for a VAE and 352 MiB for TAESD
 # at 256 x 256 in float32; half of it for the VAE, which runs in 16 bit where memory is short.
 _VAE_BYTES_PER_PIXEL = 14 << 10
 _TAESD_BYTES_PER_PIXEL = 6 << 10
