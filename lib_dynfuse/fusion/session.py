@@ -436,8 +436,10 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _own_weight(module: nn.Module) -> Tensor:
-    return module.weight
+def _own_weight(module: nn.Module) -> Tensor | None:
+    """Not of a layer with a forward of its own, which may compute with something else."""
+    plain = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    return module.weight if type(module).forward in plain else None
 
 
 def weight_in_memory(module: nn.Module) -> Tensor:

@@ -36,7 +36,7 @@ def test_tilts_go_either_way_from_the_present_one_at_several_contrasts():
 
 def test_a_method_without_a_contrast_of_its_own_is_tried_without_one():
     assert described(applied(FuseSettings(method="dynfuse"), candidates(FuseSettings(method="dynfuse"))[0])) == "tilt 0, contrast 0"
-    assert described(FuseSettings()) == "tilt 0, contrast 1"
+    assert described(FuseSettings()) == "tilt 0, contrast 1.5"
 
 
 def test_small_pictures_are_neither_guided_nor_tuned():

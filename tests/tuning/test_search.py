@@ -111,7 +111,7 @@ def test_the_search_takes_the_best(found):
 
 def test_it_says_what_it_found(found):
     assert "tilt 0.15, contrast 2, score 0.71" in found.sentence
-    assert "as asked (tilt 0, contrast 1)" in found.sentence
+    assert "as asked (tilt 0, contrast 1.5)" in found.sentence
     assert "8x6 and 5 steps" in found.sentence
     lines = found.table()
     assert len(lines) == len(found.tried) + 1

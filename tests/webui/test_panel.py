@@ -195,7 +195,7 @@ def test_the_buttons_of_the_presets_set_the_controls_they_are_wired_to(webui, ho
 def test_the_method_is_explained_with_the_contrast_that_it_has():
     explained = panel._explained
     assert "balanced</b>, recommended: all LoRAs added" in explained("balanced", -1)
-    assert "contrast 1, as the method has it." in explained("balanced", -0.4)
+    assert "contrast 1.5, as the method has it." in explained("balanced", -0.4)
     assert "contrast 2.5." in explained("direct", 2.5)
     assert "no contrast." in explained("dynfuse", -1)
     assert "no contrast." in explained("balanced", 0)

@@ -165,6 +165,9 @@ class A1111TextEncoders(TextEncoders):
         return unmatched
 
     def remove(self) -> None:
+        self._take_out()
+
+    def _take_out(self) -> None:
         import networks
 
         # In place: the other parts of the Lora extension hold the same list.
@@ -194,7 +197,7 @@ class A1111TextEncoders(TextEncoders):
         import networks
 
         ours = [net for net in networks.loaded_networks if getattr(net, "is_dynfuse", False)]
-        self.remove()
+        self._take_out()
         try:
             yield
         finally:

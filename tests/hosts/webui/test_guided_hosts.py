@@ -117,7 +117,7 @@ class TestCorrection:
 
     @pytest.mark.parametrize("gradient", ["fast", "exact"])
     def test_a_batch_of_three_equals_three_single_jobs(self, guided, gradient):
-        prompt = f"a cat {tag(gradient=gradient, reference_seed=4)}"
+        prompt = f"a cat {tag(gradient=gradient, reference_seed=4, contrast=1)}"
         batch, _ = job(guided, prompt, batch_size=3, seed=10)
         for i in range(3):
             single, _ = job(guided, prompt, seed=10 + i)

@@ -21,7 +21,7 @@ ONE_HOST = pytest.mark.parametrize("host_name", ["a1111"], indirect=True)
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
     """What is tried, and that the present settings stay, where a test does not say otherwise."""
-    monkeypatch.setattr("lib_dynfuse.tuning.plan.CONTRASTS", (1.0, 2.0))
+    monkeypatch.setattr("lib_dynfuse.tuning.plan.CONTRASTS", (1.5, 2.0))
     monkeypatch.setattr("lib_dynfuse.tuning.plan.TILTS", (0.0, 0.4))
     monkeypatch.setattr("lib_dynfuse.tuning.search.MARGIN", 1.0)
     assert len(candidates(ASKED)) == COUNT
