@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,12 @@ def merged(case):
 def needs_exact_merge(case):
     if case.requantises:
         pytest.skip("the WebUI rounds a merge on this base, so there is nothing exact to compare with")
+
+
+@pytest.fixture
+def rows_apart(case):
+    """Settings under which the model is called for a part of a step's rows at a time, as where memory is short."""
+    return nullcontext(fault(case, "short"))
 
 
 class TestRowsApart:

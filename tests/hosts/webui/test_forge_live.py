@@ -9,7 +9,6 @@ extension.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 
 import pytest
 
@@ -65,14 +64,6 @@ def cases():
 def case(request):
     request.param.load()
     return request.param
-
-
-@pytest.fixture
-def rows_apart(case):
-    """Settings under which every stretch of rows gets a call of its own, the negative prompt's first."""
-    if "dynfuse faults" not in case.webui.script_names():
-        pytest.skip("the extension tests/hosts/webui/faults is not installed in this WebUI")
-    return nullcontext({"alwayson_scripts": {"dynfuse faults": {"args": ["short"]}}})
 
 
 class TestQuantisedBase:

@@ -5,7 +5,7 @@ callback:NAME   an exception in that cfg callback
 layer:POSITION  an exception inside the denoiser, after the layer at that fraction (0 to 1) of its layers
 denoiser        an exception in the denoiser's call
 interrupt:STEP, skip:STEP    as the buttons, at that step
-short           memory is short in Forge: every stretch of rows gets a model call of its own, the negative prompt's first
+short           memory is short in Forge and its forks: every stretch of rows gets a model call of its own, the negative prompt's first
 
 Also tells what is on the model and in memory, and what became of the last job's guidance.
 """
@@ -74,7 +74,7 @@ class Faults(scripts.Script):
 
 
 class ShortOfMemory:
-    """Forge's memory_management, which has none to spare."""
+    """The WebUI's memory management, which has none to spare."""
 
     def __init__(self, real):
         self.real = real
@@ -87,10 +87,17 @@ class ShortOfMemory:
 
 
 def memory(short):
-    from backend.sampling import sampling_function
+    try:
+        from backend.sampling import sampling_function as owner
 
-    real = getattr(sampling_function.memory_management, "real", sampling_function.memory_management)
-    sampling_function.memory_management = ShortOfMemory(real) if short else real
+        name = "memory_management"
+    except ModuleNotFoundError:  # reForge, Forge Classic
+        from ldm_patched.modules import samplers as owner
+
+        name = "model_management"
+    real = getattr(owner, name)
+    real = getattr(real, "real", real)
+    setattr(owner, name, ShortOfMemory(real) if short else real)
 
 
 def hook_method(name):
