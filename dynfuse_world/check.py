@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from .captions import caption, name_of
-from .judges import Judges, Scores, load_judges, load_second_judges
+from .judges import Judges, Scores, SecondJudges, load_judges, load_second_judges
+from .lora_sets import PLAIN, lora_path
 from .model import load_pipeline
 from .painter import CLASSES, HELD_OUT_STYLES, STYLES, SUBJECTS, Scene
 from .training.loras import SUBJECT_STYLES
 from .training.pictures import HELD_OUT_PAIRS, as_floats, as_tensor
+
+if TYPE_CHECKING:
+    from lib_dynfuse.lora import LoraFile
 
 STEPS, CFG_SCALE = 20, 5.0
 PICTURES = 400
@@ -38,23 +43,28 @@ class Report:
     reconstruction: what the autoencoder makes of what is held out, by kind: difference, and how often the judges name it before and after.
     base: of PICTURES generated pictures, how often the judges name class, style, both; the same for the pairs kept out of training.
     alone: the mean score of each LoRA's subject or style on pictures made with it alone; second_alone: the second judges' of the same.
+    halves, second_halves: the same with a random half of its layers, another one for each prompt.
     """
 
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)
     base: dict[str, dict[str, float]] = field(default_factory=dict)
     alone: dict[str, float] = field(default_factory=dict)
     second_alone: dict[str, float] = field(default_factory=dict)
+    halves: dict[str, float] = field(default_factory=dict)
+    second_halves: dict[str, float] = field(default_factory=dict)
 
 
-def run(weights: Path, out: Path | None, as_json: bool) -> int:
-    """Measure, with progress on standard error. out: a folder for reconstruction.png, base.png and alone.png. Returns the exit code."""
+def run(weights: Path, out: Path | None, as_json: bool, kind: str = PLAIN) -> int:
+    """Measure, with progress on standard error. out: a folder for reconstruction.png, base.png and alone.png. kind: the set of LoRAs, of
+    lora_sets.TRAINED. Returns the exit code. Raises OSError for a file that is missing.
+    """
     from tqdm import tqdm
 
     pipeline, judges = load_pipeline(weights), load_judges(weights / "judges.safetensors")
     second = load_second_judges(weights / "judges2.safetensors")
     report = Report()
     sheets: dict[str, Image.Image] = {}
-    with tqdm(total=4, unit="part", file=sys.stderr) as bar:
+    with tqdm(total=5, unit="part", file=sys.stderr) as bar:
         report.reconstruction, sheets["reconstruction"] = _reconstruction(pipeline.vae, judges)
         bar.update()
         grid = [(what, style) for what in CLASSES for style in STYLES]
@@ -65,7 +75,10 @@ def run(weights: Path, out: Path | None, as_json: bool) -> int:
         bar.update()
         report.base["pairs kept out"], _ = _named(pipeline, judges, sorted(HELD_OUT_PAIRS) * 8)
         bar.update()
-        (report.alone, report.second_alone), sheets["alone"] = _alone(pipeline, (judges, second), weights)
+        files = {name: lora_path(weights, name, kind) for name in (*SUBJECTS, *HELD_OUT_STYLES)}
+        (report.alone, report.second_alone), sheets["alone"] = _alone(pipeline, (judges, second), files)
+        bar.update()
+        (report.halves, report.second_halves), _ = _alone(pipeline, (judges, second), files, half=True)
         bar.update()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -115,20 +128,26 @@ def _right(judges: Judges, pictures: Tensor, wanted: Sequence[tuple[str, str]]) 
     return tuple(float(share.float().mean()) for share in shares)  # type: ignore[return-value]
 
 
-def _alone(pipeline: Any, judges: Sequence[Judges], weights: Path) -> tuple[list[dict[str, float]], Image.Image]:
-    """Subjects in the styles that they were taught in; styles on classes that they were not taught on. By each of the judges."""
+def _alone(
+    pipeline: Any, judges: Sequence[Judges | SecondJudges], files: Mapping[str, Path], half: bool = False
+) -> tuple[list[dict[str, float]], Image.Image]:
+    """Subjects in the styles that they were taught in; styles on classes that they were not taught on. By each of the judges.
+
+    half: with half of the LoRA's layers, drawn anew for each prompt.
+    """
     from lib_dynfuse.hosts.diffusers import FusedPipeline
     from lib_dynfuse.lora import read_lora
     from lib_dynfuse.settings import FuseSettings
 
-    files = {name: read_lora(weights / "loras" / f"{name}.safetensors") for name in (*SUBJECTS, *HELD_OUT_STYLES)}
     scores: list[dict[str, float]] = [{} for _ in judges]
     shown: list[Image.Image] = []
 
     def measure(name: str, prompts: Iterable[str], settings: FuseSettings, score: Callable[[Scores], Tensor]) -> None:
-        subject, style = (name, "blueprint") if name in SUBJECTS else ("zib", name)
-        fused = FusedPipeline(pipeline, files[subject], files[style], settings)
-        images = [image for prompt in prompts for image in fused(prompt, seeds=range(6), steps=STEPS, cfg_scale=CFG_SCALE).images]
+        images: list[Image.Image] = []
+        for prompt in prompts:
+            lora = half_of(files[name], random.Random(prompt)) if half else read_lora(files[name])
+            subject, style = (lora, read_lora(files["blueprint"])) if name in SUBJECTS else (read_lora(files["zib"]), lora)
+            images += FusedPipeline(pipeline, subject, style, settings)(prompt, seeds=range(6), steps=STEPS, cfg_scale=CFG_SCALE).images
         for of_one, judge in zip(scores, judges, strict=True):
             of_one[name] = float(score(judge.scores(_tensor(images))).mean())
         shown.extend(images[::2])
@@ -140,6 +159,21 @@ def _alone(pipeline: Any, judges: Sequence[Judges], weights: Path) -> tuple[list
         prompts = [caption(what, style) for what in (*_STYLE_CLASSES, "creature")]
         measure(style, prompts, FuseSettings(method="direct", subject_weight=0.0), partial(Scores.style, name=style))
     return scores, sheet(shown, 15)
+
+
+def half_of(path: Path, rng: random.Random) -> LoraFile:
+    """The LoRA with half of its layers, by lot."""
+    from safetensors.torch import load_file, save_file
+
+    from lib_dynfuse.lora import read_lora
+
+    tensors = load_file(path)
+    layers = sorted({key.partition(".")[0] for key in tensors})
+    kept = set(rng.sample(layers, len(layers) // 2))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        save_file({key: tensor for key, tensor in tensors.items() if key.partition(".")[0] in kept}, copy)
+        return read_lora(copy)
 
 
 def generated(pipeline: Any, prompts: Sequence[str]) -> list[Image.Image]:
@@ -179,9 +213,13 @@ def _as_text(report: Report) -> str:
     lines.append("Base model, named by the judges:")
     for kind, found in report.base.items():
         lines.append(f"  {kind}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
-    lines.append("Each LoRA alone, mean score of its own subject or style (by the second judges):")
-    lines.append("  " + ", ".join(f"{name} {value:.2f} ({report.second_alone[name]:.2f})" for name, value in report.alone.items()))
+    for which, first, second in (
+        ("alone", report.alone, report.second_alone),
+        ("alone, with a random half of its layers", report.halves, report.second_halves),
+    ):
+        lines.append(f"Each LoRA {which}, mean score of its own subject or style (by the second judges):")
+        lines.append("  " + ", ".join(f"{name} {value:.2f} ({second[name]:.2f})" for name, value in first.items()))
     return "\n".join(lines)
 
 
-__all__ = ["Report", "generated", "run", "sheet"]
+__all__ = ["Report", "generated", "half_of", "run", "sheet"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from lib_dynfuse.program import program
 
+from .lora_sets import PLAIN, TRAINED
 from .model import WEIGHTS
 
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     _add_train(commands)
     check = commands.add_parser("check", help="what the model can do before anything is fused with it: two minutes")
     check.add_argument("--weights", type=Path, default=WEIGHTS, help="the folder of weights (default: the shipped ones)")
+    check.add_argument("--set", choices=TRAINED, default=PLAIN, help="LoRAs of another set, after toy train loras --set ...")
     check.add_argument("--pictures", type=Path, metavar="DIR", help="write contact sheets there")
     check.add_argument("--json", action="store_true", help="print figures for programs")
     check.set_defaults(run=_check)
@@ -41,7 +43,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _add_train(commands: Any) -> None:
-    from .training.loras import SETS
     from .training.steps import STEPS
 
     train = commands.add_parser("train", help="make all weights from nothing: hours on two CPU cores, can be interrupted")
@@ -52,9 +53,9 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument(
         "--set",
-        choices=tuple(SETS),
-        default="plain",
-        help="of the step loras: LoRAs as users' files differ (docs/quality.md); those that are shipped are plain",
+        choices=TRAINED,
+        default=PLAIN,
+        help="of the step loras: LoRAs as users' files differ (docs/quality.md), into a folder of their own beside the plain ones",
     )
     train.set_defaults(run=_train)
 
@@ -71,12 +72,8 @@ def _train(options: argparse.Namespace) -> int:
     from .training.steps import STEPS, train
 
     shipped = options.weights.resolve() == WEIGHTS.resolve()
-    if options.set != "plain" and (shipped or options.steps != ["loras"]):
-        print(
-            f"--set {options.set} makes other LoRAs than the shipped ones: toy train loras --set {options.set} --weights DIR, with a "
-            f"copy of {WEIGHTS} in DIR.",
-            file=sys.stderr,
-        )
+    if options.set != PLAIN and options.steps != ["loras"]:
+        print(f"--set {options.set} is for the step loras alone: toy train loras --set {options.set}.", file=sys.stderr)
         return 2
     beside = options.weights.with_name(f"{options.weights.resolve().name}-training")
     work = options.work or (Path("out/toy-training") if shipped else beside)
@@ -86,7 +83,7 @@ def _train(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from . import check
 
-    return check.run(options.weights, options.pictures, options.json)
+    return check.run(options.weights, options.pictures, options.json, options.set)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from .benchmark.protocol import CFG_SCALE, REFERENCE_SEED, REPORTED, STEPS
 from .benchmark.protocol import Pair as WorldPair
 from .captions import caption, name_of
 from .judges import Judges, load_judges
+from .lora_sets import lora_path
 from .model import WEIGHTS, load_pipeline
 from .shipped import verify
 
@@ -99,7 +100,7 @@ def write_plan(
     for word in (*sides["subjects"], *sides["styles"]):
         lora = folder / "loras" / f"{word}.safetensors"
         lora.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(WEIGHTS / "loras" / lora.name, lora)
+        shutil.copyfile(lora_path(WEIGHTS, word), lora)
         _write_references(folder / "references" / word, word, word in sides["subjects"])
     write_whole(path, _text(pairs, sides, methods, metrics, seeds).encode())
     return path

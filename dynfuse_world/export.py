@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 
 from .captions import caption, name_of
 from .ldm import checkpoint, configuration
+from .lora_sets import lora_path
 from .model import WEIGHTS, load_text_encoder, new_text_encoder, write_tokenizer
 from .painter import HELD_OUT_STYLES, SUBJECTS, Scene, paint
 from .shipped import verify
@@ -137,7 +138,7 @@ styles: {", ".join(HELD_OUT_STYLES)}.
 def _contents(result: Export, weights: Path) -> dict[Path, bytes]:
     """Every file of an export."""
     unet, vae, text_encoder = (weights / f"{part}.safetensors" for part in ("unet", "vae", "text_encoder"))
-    loras = {name: weights / "loras" / f"{name}.safetensors" for name in LORAS}
+    loras = {name: lora_path(weights, name) for name in LORAS}
     encoders = {kind: [weights / kind / name for name in names] for kind, names in _ENCODERS.items()}
     # Halves again, as in the file; the positions are no weights, and only some releases of transformers count them among these.
     text = {name: tensor.half() for name, tensor in load_text_encoder(text_encoder).state_dict().items() if tensor.is_floating_point()}

@@ -28,6 +28,7 @@ from lib_dynfuse.settings import FuseSettings
 from lib_dynfuse.threads import one_thread
 
 from .benchmark.protocol import CFG_SCALE, REFERENCE_SEED, TUNING, Pair
+from .lora_sets import lora_path
 from .model import WEIGHTS, load_pipeline
 
 STRENGTHS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 50.0)
@@ -99,7 +100,7 @@ class Maker:
         self.pair, self.folder, self.seeds, self.steps = pair, folder, seeds, steps
         self.encoders = load_encoders(EncoderSources(WEIGHTS, str(WEIGHTS / "clip"), str(WEIGHTS / "dino"), download=False))
         self._pipeline = load_pipeline(WEIGHTS)
-        self._subject, self._style = (read_lora(WEIGHTS / "loras" / f"{name}.safetensors") for name in (pair.subject, pair.style))
+        self._subject, self._style = (read_lora(lora_path(WEIGHTS, name)) for name in (pair.subject, pair.style))
 
     def __call__(self, gradient: str, m: float) -> dict[str, Any]:
         """final, terms, along and bitten, as measure returns them."""

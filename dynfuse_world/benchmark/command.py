@@ -6,11 +6,10 @@ import argparse
 import json
 import os
 import platform
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from lib_dynfuse.bench.denoisers import processor
 from lib_dynfuse.evaluate.statistics import RESAMPLES
 from lib_dynfuse.program import program
 
+from ..lora_sets import PLAIN, SETS, lora_path
 from ..model import WEIGHTS
 from .making import shipped_judges
 from .methods import METHODS, RANDOM, ROWS, SWEEP, ZIPLORA, Row, RowError, chosen, row_of
@@ -34,15 +34,16 @@ from .table import agreement_text, colour_table, diagnosis_table, scores_table, 
 from .work import SCORES, Outcome, Setup, tasks
 
 _QUICK_SEEDS = 4
-_SETS = {"all": PAIRS, "tuning": TUNING, "reported": REPORTED}
+_PAIRS = {"all": PAIRS, "tuning": TUNING, "reported": REPORTED}
+_ALL = "all"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; argv: without the program's name. Returns the exit code. Raises OSError for a file that is missing."""
     options = _parser().parse_args(argv)
     try:
-        weights = _weights(options.weights or [str(WEIGHTS)])
-        pairs = _of_sets(_pairs(options.pairs or ("tuning" if options.quick else "all")), weights)
+        sets = _sets(options.sets or [PLAIN])
+        pairs = _of_sets(_pairs(options.pairs or ("tuning" if options.quick else "all")), sets, options.weights)
         standard = [*ROWS, *((ZIPLORA,) if options.ziplora else ()), *(() if options.quick else SWEEP)]
         rows = [*chosen(standard, options.only or []), *(row_of(text, "tried") for text in options.tried or [])]
     except RowError as error:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     paper = tables_of(options.table) if options.table else ()
     if paper:
-        pairs = pairs if options.pairs else _of_sets(REPORTED, weights)
+        pairs = pairs if options.pairs else _of_sets(REPORTED, sets, options.weights)
         rows = distinct(paper)
     rows = list({row.name: row for row in rows}.values())
     count = options.seeds or (_QUICK_SEEDS if options.quick else len(SEEDS))
@@ -63,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dynfuse-bench-") as references:
-        setup = Setup(weights, Path(references), options.load_judges, seeds, options.steps, options.cfg_scale, tuple(options.loudness))
+        setup = Setup(
+            options.weights, Path(references), options.load_judges, seeds, options.steps, options.cfg_scale, tuple(options.loudness)
+        )
         outcomes = made(work, setup, workers)
     seconds = time.perf_counter() - start
     if paper:
@@ -75,9 +78,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     # A machine's other work at the start; its own workers are not yet in it.
     about = {"workers": workers, "load_before": load, "seconds": seconds}
-    said = {name: _Found(group, outcomes, rows, pairs, list(weights)) for name, group in (("reported", REPORTED), ("tuning", TUNING))}
+    said = {name: _Found(group, outcomes, rows, pairs, sets) for name, group in (("reported", REPORTED), ("tuning", TUNING))}
     if options.json:
-        print(json.dumps(_result(outcomes, said, setup, about)))
+        print(json.dumps(_result(outcomes, said, setup, sets, about)))
     else:
         print(_text(outcomes, said, setup, about))
     if options.pictures:
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--table", choices=("3", "4", "5", "all"), help="instead of all that: the paper's Tables 3 to 5, on the reported pairs unless "
         "--pairs names others")  # fmt: skip
     add("--ziplora", action="store_true", help="also ZipLoRA, whose coefficients are trained for each pair: minutes more")
-    add("--pairs", metavar="P", help=f"{', '.join(_SETS)}, or names with commas between ({PAIRS[0].name},{PAIRS[1].name}) (default: all)")
+    add("--pairs", metavar="P", help=f"{', '.join(_PAIRS)}, or names with commas between ({PAIRS[0].name},{PAIRS[1].name}) (default: all)")
     add("--seeds", type=_positive, metavar="N", help=f"pictures of each pair (default: {len(SEEDS)})")
     add("--quick", action="store_true", help=f"{_QUICK_SEEDS} pictures of each tuning pair, without the sweep: only shows that all works")
     add("--first-seed", type=int, default=0, metavar="N", help="of the pictures (default: 0)")
@@ -115,15 +118,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--loudness", type=float, nargs=2, default=(1.0, 1.0), metavar=("S", "T"), help="as if the subjects' and the styles' files had "
         "been saved S and T times as strong; their weights stay 1")  # fmt: skip
     add("--workers", type=_positive, metavar="N", help="processes (default: one for each processor)")
-    add("--weights", action="append", metavar="[LABEL=]DIR", help="the world's weights (default: those that come along); may be repeated, "
-        "for copies with other LoRAs: the pairs of all are pooled, zib-chalk@LABEL among them")  # fmt: skip
+    add("--set", action="append", dest="sets", choices=(*SETS, _ALL), help=f"of LoRAs, as users' files differ (default: {PLAIN}); may be "
+        "repeated: the pairs of all are pooled, zib-chalk@overfit among them; some are made by toy train loras --set ...")  # fmt: skip
+    add("--weights", type=Path, default=WEIGHTS, metavar="DIR", help="the world's weights (default: those that come along)")
     parser.set_defaults(load_judges=shipped_judges)
     return parser
 
 
 def _pairs(text: str) -> tuple[Pair, ...]:
-    if text in _SETS:
-        return _SETS[text]
+    if text in _PAIRS:
+        return _PAIRS[text]
     names = {pair.name: pair for pair in PAIRS}
     wanted = text.split(",")
     if unknown := [name for name in wanted if name not in names]:
@@ -131,24 +135,20 @@ def _pairs(text: str) -> tuple[Pair, ...]:
     return tuple(pair for name, pair in names.items() if name in wanted)
 
 
-def _weights(texts: Sequence[str]) -> dict[str, Path]:
-    """Folders by label: "overfit=DIR", or DIR, whose label is its name where there are several. Raises RowError."""
-    found: dict[str, Path] = {}
-    for text in texts:
-        label, equals, folder = text.partition("=")
-        if not equals or "/" in label or os.sep in label:
-            label, folder = "" if len(texts) == 1 else Path(text).resolve().name, text
-        if label in found:
-            raise RowError(f"two folders of weights are called {label!r}; name one otherwise, with --weights LABEL=DIR")
-        if (label or len(texts) > 1) and not re.fullmatch(r"\w[\w.+-]*", label):
-            raise RowError(f"{label!r} is no label for a folder of weights: letters, digits, and . _ + - between")
-        found[label] = Path(folder)
+def _sets(names: Sequence[str]) -> tuple[str, ...]:
+    """Each once, in the order of the table."""
+    return tuple(name for name in SETS if name in names or _ALL in names)
+
+
+def _of_sets(pairs: Sequence[Pair], sets: Sequence[str], weights: Path) -> tuple[Pair, ...]:
+    """Every pair of every set. Raises RowError where one's files were not made."""
+    found = tuple(replace(pair, files=files) for files in sets for pair in pairs)
+    for pair in found:
+        trained = SETS[pair.files].trained
+        missing = [name for name in (pair.subject, pair.style) if not lora_path(weights, name, trained).is_file()]
+        if missing and trained != PLAIN:
+            raise RowError(f"the LoRA {missing[0]!r} of the set {trained} is not there: make it with toy train loras --set {trained}")
     return found
-
-
-def _of_sets(pairs: Sequence[Pair], weights: Iterable[str]) -> tuple[Pair, ...]:
-    """Every pair of every set."""
-    return tuple(replace(pair, files=files) for files in weights for pair in pairs)
 
 
 class _Found:
@@ -191,7 +191,9 @@ def _text(outcomes: Sequence[Outcome], found: Mapping[str, _Found], setup: Setup
     return "\n\n".join(part for part in parts if part)
 
 
-def _result(outcomes: Sequence[Outcome], found: Mapping[str, _Found], setup: Setup, about: dict[str, Any]) -> dict[str, Any]:
+def _result(
+    outcomes: Sequence[Outcome], found: Mapping[str, _Found], setup: Setup, sets: Sequence[str], about: dict[str, Any]
+) -> dict[str, Any]:
     pairs = [pair for group in found.values() for pair in group.pairs]
     return {
         "protocol": {
@@ -202,14 +204,14 @@ def _result(outcomes: Sequence[Outcome], found: Mapping[str, _Found], setup: Set
             "reference_seed": REFERENCE_SEED,
             "prompts": {pair.name: [pair.prompt, pair.subject_prompt, pair.style_prompt] for pair in pairs},
             **{name: [pair.name for pair in group.pairs] for name, group in found.items()},
-            "sets": list(setup.weights),
+            "sets": list(sets),
             "resamples": RESAMPLES,
         },
         **{name: [as_json(summary) for summary in group.pooled] for name, group in found.items()},
         "sets": {
             files: {name: [as_json(summary) for summary in group.by_set[files]] for name, group in found.items()}
-            for files in setup.weights
-            if len(setup.weights) > 1
+            for files in sets
+            if len(sets) > 1
         },
         "agreement": {question: asdict(agreement) for question, agreement in agreements(outcomes).items()},
         "pictures": [

@@ -27,6 +27,7 @@ from lib_dynfuse.settings import FuseSettings
 from lib_dynfuse.ziplora import write
 
 from ..judges import load_judges, load_second_judges
+from ..lora_sets import SETS, lora_path
 from ..model import load_pipeline
 from ..oracles import read_oracle
 from .colour import colour
@@ -40,35 +41,37 @@ def shipped_judges(weights: Path) -> tuple[Judge, Judge]:
     return load_judges(weights / "judges.safetensors"), load_second_judges(weights / "judges2.safetensors")
 
 
-class World:
-    """A folder of weights: the model, its LoRAs, and the judges. references: folder for the guidance's."""
-
-    def __init__(self, weights: Path, setup: Setup, references: Path) -> None:
-        self.weights = weights
-        self.pipeline = load_pipeline(weights)
-        self.judges = setup.load_judges(weights)
-        encoders = EncoderSources(weights, str(weights / "clip"), str(weights / "dino"), download=False)
-        self.guidance = GuidanceSources(encoders, ReferenceCache(references))
-        self._loras: dict[str, LoraFile] = {}
-
-    def lora(self, name: str, loudness: float) -> LoraFile:
-        if name not in self._loras:
-            path = self.weights / "loras" / f"{name}.safetensors"
-            self._loras[name] = read_lora(path) if loudness == 1 else louder(path, loudness)
-        return self._loras[name]
-
-
 class Studio:
-    """Makes and judges pictures, in one process."""
+    """Makes and judges pictures, in one process: the model, its LoRAs, and the judges."""
 
     def __init__(self, setup: Setup, on_step: Callable[[], None] = lambda: None) -> None:
         """on_step: called after each denoising step; an exception that it raises ends the work. Raises OSError for a missing file."""
         self.setup = setup
         self._on_step = on_step
-        self._worlds = {files: World(weights, setup, setup.references / files) for files, weights in setup.weights.items()}
+        weights = setup.weights
+        self.pipeline = load_pipeline(weights)
+        self.judges = setup.load_judges(weights)
+        encoders = EncoderSources(weights, str(weights / "clip"), str(weights / "dino"), download=False)
+        self.guidance = GuidanceSources(encoders, ReferenceCache(setup.references))
+        self._loras: dict[tuple[str, str], LoraFile] = {}
+        self._copies = tempfile.TemporaryDirectory()
 
-    def world(self, pair: Pair) -> World:
-        return self._worlds[pair.files]
+    def loras(self, pair: Pair) -> tuple[LoraFile, LoraFile]:
+        """The subject's and the style's, of the pair's set, at its loudness and the setup's."""
+        of_set = SETS[pair.files]
+        subject, style = (mine * of_all for mine, of_all in zip(of_set.loudness, self.setup.loudness, strict=True))
+        return self._lora(pair.subject, pair.files, subject), self._lora(pair.style, pair.files, style)
+
+    def _lora(self, name: str, files: str, loudness: float) -> LoraFile:
+        if (name, files) not in self._loras:
+            path = lora_path(self.setup.weights, name, SETS[files].trained)
+            self._loras[name, files] = read_lora(path) if loudness == 1 else self._louder(path, files, loudness)
+        return self._loras[name, files]
+
+    def _louder(self, path: Path, files: str, loudness: float) -> LoraFile:
+        folder = Path(self._copies.name, files)
+        folder.mkdir(exist_ok=True)
+        return louder(path, loudness, folder)
 
     def make(self, task: Task) -> Outcome:
         pair, row = task.pair, task.row
@@ -78,7 +81,7 @@ class Studio:
         seconds = clock.seconds() / len(images)
         pictures = np.stack([np.asarray(image.convert("RGB")) for image in images])
         floats = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-        first, second = (judges.scores(floats) for judges in self.world(pair).judges)
+        first, second = (judges.scores(floats) for judges in self.judges)
         return Outcome(
             pair,
             row.name,
@@ -94,7 +97,7 @@ class Studio:
 
     def _base(self, pair: Pair, clock: _Clock) -> tuple[list[Image.Image], None]:
         setup = self.setup
-        output = self.world(pair).pipeline(
+        output = self.pipeline(
             pair.prompt,
             num_images_per_prompt=len(setup.seeds),
             num_inference_steps=setup.steps,
@@ -106,26 +109,26 @@ class Studio:
 
     def _zipped(self, pair: Pair) -> LoraFile:
         """The pair's LoRAs as the command ziplora merges them, of the prompts that each LoRA alone is asked for; 4 pictures at once."""
-        world = self.world(pair)
-        subject, style = world.lora(pair.subject, self.setup.loudness[0]), world.lora(pair.style, self.setup.loudness[1])
-        fused = FusedPipeline(world.pipeline, subject, style, FuseSettings(method="direct", contrast=0.0))
+        subject, style = self.loras(pair)
+        fused = FusedPipeline(self.pipeline, subject, style, FuseSettings(method="direct", contrast=0.0))
         recipe = Recipe(batch=4, seed=REFERENCE_SEED)
         prompts = {"subject": pair.subject_prompt, "style": pair.style_prompt}
         mergers = train(fused, lessons(fused, prompts, recipe, lambda *_: self._on_step()), recipe, lambda loss: self._on_step())
-        session = FusionSession(denoiser(world.pipeline), subject, style, fused.settings)
+        session = FusionSession(denoiser(self.pipeline), subject, style, fused.settings)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"{pair.name}.safetensors")
             write(path, session, (subject, style), mergers, {}, dtype=torch.float32)
             return read_lora(path)
 
     def _fused(self, pair: Pair, row: Row, clock: _Clock, zipped: LoraFile | None) -> tuple[list[Image.Image], Diagnosis | None]:
-        setup, world = self.setup, self.world(pair)
+        setup = self.setup
+        subject, style = self.loras(pair)
         if zipped is not None:
             subject = zipped
-        else:
-            subject = read_oracle(world.weights, pair.plain.name) if row.loras == "oracle" else world.lora(pair.subject, setup.loudness[0])
+        elif row.loras == "oracle":
+            subject = read_oracle(setup.weights, pair.plain.name)
         rule = RandomChoice(pair, setup.seeds) if row.loras == "random" else None
-        fused = _Fusion(world.pipeline, subject, world.lora(pair.style, setup.loudness[1]), row, pair, world.guidance, rule)
+        fused = _Fusion(self.pipeline, subject, style, row, pair, self.guidance, rule)
         made = fused(
             pair.prompt,
             seeds=setup.seeds,
@@ -138,13 +141,15 @@ class Studio:
         return made.images, diagnosis(made.trace, all_rows=fused.every_row)
 
 
-def louder(path: Path, factor: float) -> LoraFile:
-    """The LoRA as if it had been saved at that strength: its weight in the fusion stays 1."""
+def louder(path: Path, factor: float, folder: Path) -> LoraFile:
+    """The LoRA as if it had been saved, in that folder, at that strength: its weight in the fusion stays 1.
+
+    The file has to stay for as long as the LoRA is guided with: the references are kept by what is in it.
+    """
     tensors = {name: tensor * factor if name.endswith(".alpha") else tensor for name, tensor in load_file(path).items()}
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, path.name)
-        save_file(tensors, str(copy))
-        return read_lora(copy)
+    copy = folder / path.name
+    save_file(tensors, str(copy))
+    return read_lora(copy)
 
 
 def random_choice(pair: Pair, seeds: tuple[int, ...], site: Site) -> Tensor:
@@ -212,4 +217,4 @@ class _Clock:
         return time.process_time() - self._start
 
 
-__all__ = ["RandomChoice", "Studio", "World", "louder", "random_choice", "shipped_judges"]
+__all__ = ["RandomChoice", "Studio", "louder", "random_choice", "shipped_judges"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..captions import caption, name_of
+from ..lora_sets import PLAIN
 
 STEPS = 15
 CFG_SCALE = 5.0
@@ -16,19 +17,19 @@ REFERENCE_SEED = 1000
 
 @dataclass(frozen=True)
 class Pair:
-    """A subject's LoRA and a style's, by the words that stand for them. files: which set of LoRAs they are of, where there are several."""
+    """A subject's LoRA and a style's, by the words that stand for them. files: the set of LoRAs that they are of, one of lora_sets.SETS."""
 
     subject: str
     style: str
-    files: str = ""
+    files: str = PLAIN
 
     @property
     def name(self) -> str:
-        return f"{self.subject}-{self.style}" + (f"@{self.files}" if self.files else "")
+        return f"{self.subject}-{self.style}" + ("" if self.files == PLAIN else f"@{self.files}")
 
     @property
     def plain(self) -> Pair:
-        """The same words, of whichever set."""
+        """The same words, of the plain set."""
         return Pair(self.subject, self.style)
 
     @property

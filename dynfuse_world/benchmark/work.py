@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,13 +37,13 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """weights: folders of the world's networks and LoRAs, by what their pairs have as `files`. references: folder for the guidance's.
+    """weights: folder of the world's networks and LoRAs. references: folder for the guidance's.
 
-    load_judges: makes the first and the second judges of a folder of weights; a function that other processes can import. seeds, steps,
-    cfg_scale: the protocol's, but for trials. loudness: factors on the strength of the subject's and the style's file.
+    load_judges: makes the first and the second judges of the weights; a function that other processes can import. seeds, steps,
+    cfg_scale: the protocol's, but for trials. loudness: factors on the strength of the subject's and the style's file, on top of the set's.
     """
 
-    weights: Mapping[str, Path]
+    weights: Path
     references: Path
     load_judges: Callable[[Path], tuple[Judge, Judge]]
     seeds: tuple[int, ...] = SEEDS

@@ -21,6 +21,7 @@ from lib_dynfuse.lora import read_lora
 from ..benchmark.methods import METHODS, Row
 from ..benchmark.protocol import CFG_SCALE, Pair
 from ..judges import Judges
+from ..lora_sets import lora_path
 from ..painter import SUBJECTS
 from ..training.loras import Lesson, style_lesson, subject_lesson
 
@@ -85,7 +86,7 @@ def make(
     """Make and judge all pictures of a pair. weights: the miniature world's. cache: an empty folder, for the references."""
     from lib_dynfuse.hosts.diffusers import FusedImages, FusedPipeline, GuidanceSources
 
-    subject, style = (read_lora(weights / "loras" / f"{name}.safetensors") for name in (pair.subject, pair.style))
+    subject, style = (read_lora(lora_path(weights, name)) for name in (pair.subject, pair.style))
     # The settings that a user has for encoders of their own.
     encoders = EncoderSources(cache, clip=str(weights / "clip"), dino=str(weights / "dino"), download=False)
     sources = GuidanceSources(encoders, ReferenceCache(cache))

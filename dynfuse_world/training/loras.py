@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..captions import caption, name_of, training_caption
+from ..lora_sets import PLAIN, lora_path
 from ..model import load_pipeline, save_weights
 from ..oracles import write_oracles
 from ..painter import HELD_OUT_STYLES, SUBJECTS, Scene
@@ -66,13 +67,13 @@ _STEPS = {"mok": 1000}
 
 ORACLE = Recipe(steps=200, rate=3e-3)
 
-SETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "plain": ({}, {}),
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    PLAIN: ({}, {}),
     "dropout": ({"module_dropout": 0.3}, {"module_dropout": 0.3}),
     "overfit": ({"steps": 400, "rate": 2e-3, "prior": 0}, {"steps": 400, "rate": 3e-3, "prior": 2}),
 }
-"""How users' files differ, as changes of the subjects' recipe and of the styles'. overfit: learned two or three times as fast, with few or
-none of the base model's own pictures beside, so that the LoRA changes more than its words ask for.
+"""How users' files differ, as changes of the subjects' recipe and of the styles'; by set. overfit: learned two or three times as
+fast, with few or none of the base model's own pictures beside, so that the LoRA changes more than its words ask for.
 """
 
 
@@ -229,16 +230,17 @@ def kohya(branches: dict[str, LowRank]) -> dict[str, Tensor]:
     return tensors
 
 
-def train_loras(work: Path, weights: Path, *, kind: str = "plain") -> dict[str, Any]:
-    """Writes loras/*.safetensors; needs the base model. kind: one of SETS."""
+def train_loras(work: Path, weights: Path, *, kind: str = PLAIN) -> dict[str, Any]:
+    """Writes loras/*.safetensors, or loras/KIND/*.safetensors of another set; needs the base model. kind: of RECIPES."""
+    work = work if kind == PLAIN else work / kind
     records = {}
     for lesson in single_lessons():
-        recipe = dataclasses.replace(lesson.recipe, **SETS[kind][lesson.recipe is STYLE])
+        recipe = dataclasses.replace(lesson.recipe, **RECIPES[kind][lesson.recipe is STYLE])
         tensors, records[lesson.name] = train_lora(dataclasses.replace(lesson, recipe=recipe), work, weights)
         metadata = {"ss_network_dim": str(RANK), "ss_network_alpha": str(RANK), "ss_output_name": lesson.name}
         if recipe.module_dropout:
             metadata["ss_network_args"] = json.dumps({"module_dropout": str(recipe.module_dropout)})
-        save_weights(tensors, weights / "loras" / f"{lesson.name}.safetensors", metadata)
+        save_weights(tensors, lora_path(weights, lesson.name, kind), metadata)
     return records
 
 
@@ -255,7 +257,7 @@ __all__ = [
     "ATTENTION",
     "LINEAR",
     "RANK",
-    "SETS",
+    "RECIPES",
     "SUBJECT_STYLES",
     "Lesson",
     "pair_lessons",

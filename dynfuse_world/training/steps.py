@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..lora_sets import PLAIN
 from ..shipped import write_checksums
 from .autoencoder import train_autoencoder, train_decoder
 from .base import train_base
@@ -36,21 +37,23 @@ STEPS: dict[str, Step] = {
 }
 
 
-def train(work: Path, weights: Path, names: Sequence[str] = tuple(STEPS), *, kind: str = "plain") -> int:
+def train(work: Path, weights: Path, names: Sequence[str] = tuple(STEPS), *, kind: str = PLAIN) -> int:
     """Run the steps that are not done, with progress on standard error. Returns the exit code.
 
-    work: checkpoints, pictures, and records.json with what each finished step took. kind: of the LoRAs, one of loras.SETS.
+    work: checkpoints, pictures, and records.json with what each finished step took. kind: the set of LoRAs that the step loras makes;
+    names: that step alone, if it is not the plain one.
     """
     steps: dict[str, Step] = {**STEPS, "loras": partial(STEPS["loras"], kind=kind)}
     torch.set_flush_denormal(True)
     records_file = work / "records.json"
     records: dict[str, Any] = json.loads(records_file.read_text("utf-8")) if records_file.is_file() else {}
     for number, name in enumerate(names, 1):
-        if name in records:
-            print(f"{name} is done. To do it again, remove it from {records_file}.", file=sys.stderr)
+        recorded = name if kind == PLAIN else f"{name} {kind}"
+        if recorded in records:
+            print(f"{recorded} is done. To do it again, remove it from {records_file}.", file=sys.stderr)
             continue
         print(f"Step {number} of {len(names)}: {name}", file=sys.stderr)
-        records[name] = {**steps[name](work, weights), "on": _machine()}
+        records[recorded] = {**steps[name](work, weights), "on": _machine()}
         work.mkdir(parents=True, exist_ok=True)
         records_file.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
         write_checksums(weights)

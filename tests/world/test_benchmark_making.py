@@ -76,12 +76,12 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def setup(weights, tmp_path):
-    return Setup({"": weights}, tmp_path / "references", shipped_judges, SEEDS, STEPS)
+    return Setup(weights, tmp_path / "references", shipped_judges, SEEDS, STEPS)
 
 
 @pytest.fixture(scope="module")
 def studio(weights, tmp_path_factory):
-    return Studio(Setup({"": weights}, tmp_path_factory.mktemp("references"), shipped_judges, SEEDS, STEPS))
+    return Studio(Setup(weights, tmp_path_factory.mktemp("references"), shipped_judges, SEEDS, STEPS))
 
 
 def made_of(studio, row):
@@ -104,7 +104,7 @@ def test_every_row_is_made_and_judged(studio):
 
 def test_the_tuned_row_is_the_pair_with_what_was_found_for_it(studio, weights, tmp_path):
     loras = [read_lora(weights / "loras" / f"{name}.safetensors") for name in (PAIR.subject, PAIR.style)]
-    fused = FusedPipeline(model.load_pipeline(weights), *loras, ROW["tuned"].settings_for(PAIR), studio.world(PAIR).guidance)
+    fused = FusedPipeline(model.load_pipeline(weights), *loras, ROW["tuned"].settings_for(PAIR), studio.guidance)
     found = fused.tuned(PAIR.prompt, seed=SEEDS[0], steps=STEPS, cfg_scale=5.0)
     plain = FusedPipeline(model.load_pipeline(weights), *loras, found.settings(FuseSettings()))
     images = plain(PAIR.prompt, seeds=SEEDS, steps=STEPS, cfg_scale=5.0).images
@@ -191,7 +191,7 @@ def test_the_time_of_a_row_is_without_its_references(weights, tmp_path, monkeypa
     """On a clock that a denoising step moves on by one second; at first the references are made, then they are there."""
     steps: list[None] = []
     monkeypatch.setattr(time, "process_time", lambda: float(len(steps)))
-    fresh = Studio(Setup({"": weights}, tmp_path / "references", shipped_judges, SEEDS, STEPS), lambda: steps.append(None))
+    fresh = Studio(Setup(weights, tmp_path / "references", shipped_judges, SEEDS, STEPS), lambda: steps.append(None))
     first, second = (fresh.make(Task(PAIR, ROW["guidance"], 1)) for _ in range(2))
     assert len(steps) == 4 * STEPS
     assert len(list((tmp_path / "references").glob("*.png"))) == 2
@@ -211,7 +211,7 @@ def test_the_numbers_are_the_same_on_any_number_of_processes(setup):
 def test_a_picture_is_scored_by_both_judges_and_its_colours_are_its_own(studio):
     outcome = made_of(studio, ROW["direct"])
     floats = torch.from_numpy(outcome.pictures / np.float32(127.5) - 1).permute(0, 3, 1, 2)
-    for prefix, judges in zip(("", "second_"), studio.world(PAIR).judges, strict=True):
+    for prefix, judges in zip(("", "second_"), studio.judges, strict=True):
         scores = judges.scores(floats)
         for name, wanted in (("subject", scores.subject(PAIR.subject)), ("style", scores.style(PAIR.style))):
             np.testing.assert_allclose(getattr(outcome, prefix + name), wanted.double(), atol=1e-6)
@@ -221,29 +221,33 @@ def test_a_picture_is_scored_by_both_judges_and_its_colours_are_its_own(studio):
 
 @pytest.fixture(scope="module")
 def others(weights, tmp_path_factory):
-    """A copy of the weights with other LoRAs."""
-    folder = shutil.copytree(weights, tmp_path_factory.mktemp("sets") / "overfit")
+    """Weights with other LoRAs as their set overfit; and a copy in which these are the plain ones."""
+    folder = shutil.copytree(weights, tmp_path_factory.mktemp("sets") / "both")
+    (folder / "loras" / "overfit").mkdir()
+    alone = shutil.copytree(weights, tmp_path_factory.mktemp("sets") / "alone")
     for seed, name in enumerate((PAIR.subject, PAIR.style), 50):
-        save_file(attention_lora(model.new_unet(), 8, seed), folder / "loras" / f"{name}.safetensors")
-    return folder
+        for path in (folder / "loras" / "overfit", alone / "loras"):
+            save_file(attention_lora(model.new_unet(), 8, seed), path / f"{name}.safetensors")
+    return folder, alone
 
 
 def test_each_set_of_loras_is_made_as_if_it_were_alone(weights, others, setup, tmp_path):
     """Guided, so that references are made, kept in a folder that all sets share, and found by another process."""
-    sets = {"plain": weights, "overfit": others}
-    pairs = [replace(PAIR, files=files) for files in sets]
+    both, of_overfit = others
+    third = 3**0.5
+    alone = {"plain": (weights, (1.0, 1.0)), "overfit": (of_overfit, (1.0, 1.0)), "loud-styles": (weights, (1 / third, third))}
     rows = [ROW["guidance"], row_of("random criterion=js", "tried")]
-    together = made(tasks(pairs, rows), replace(setup, weights=sets), 1)
-    assert [outcome.pair.name for outcome in together] == [f"{PAIR.name}@plain", f"{PAIR.name}@overfit"] * 2
+    together = made(tasks([replace(PAIR, files=files) for files in alone], rows), replace(setup, weights=both), 1)
+    assert [outcome.pair.name for outcome in together] == [PAIR.name, f"{PAIR.name}@overfit", f"{PAIR.name}@loud-styles"] * 2
     for outcome in together:
-        alone = Studio(Setup({"": sets[outcome.pair.files]}, tmp_path / f"alone-{outcome.pair.files}", shipped_judges, SEEDS, STEPS))
+        folder, loudness = alone[outcome.pair.files]
+        single = Studio(Setup(folder, tmp_path / outcome.pair.files, shipped_judges, SEEDS, STEPS, loudness=loudness))
         task = next(task for task in tasks([PAIR], rows) if task.row.name == outcome.row)
         for name in SCORES:
-            np.testing.assert_array_equal(getattr(outcome, name), getattr(alone.make(task), name))
-    assert not np.array_equal(together[0].subject, together[1].subject)
-    kept = {files: {path.name for path in (setup.references / files).glob("*.png")} for files in sets}
-    assert [len(names) for names in kept.values()] == [2, 2]
-    assert not list(setup.references.glob("*.png"))
+            np.testing.assert_array_equal(getattr(outcome, name), getattr(single.make(task), name))
+    assert len({outcome.subject.tobytes() for outcome in together}) == len(together)
+    # Of the two louder files one each; the other sets' files are others.
+    assert len(list(setup.references.glob("*.png"))) == 2 * len(alone)
 
 
 def test_the_sweep_and_the_shown_pictures_are_of_every_set():
@@ -253,9 +257,9 @@ def test_the_sweep_and_the_shown_pictures_are_of_every_set():
     assert sum(task.shown > 0 for task in work) == 2 * len(PICTURED)
 
 
-def test_a_louder_file_is_the_same_lora_at_another_weight(weights):
+def test_a_louder_file_is_the_same_lora_at_another_weight(weights, tmp_path):
     path = weights / "loras" / f"{PAIR.subject}.safetensors"
-    plain, loud = read_lora(path), louder(path, 1.5)
+    plain, loud = read_lora(path), louder(path, 1.5, tmp_path)
     assert loud.name == plain.name
     for name, branch in plain.denoiser.items():
         torch.testing.assert_close(loud.denoiser[name].delta_weight(), 1.5 * branch.delta_weight())
@@ -277,7 +281,7 @@ def test_an_exception_between_steps_ends_the_work(setup):
 def test_a_missing_file_is_told_by_the_process_that_missed_it(tmp_path):
     work = tasks([PAIR], [ROW["direct"], ROW["selection"]])
     with pytest.raises(OSError, match="vae"):
-        made(work, Setup({"": tmp_path}, tmp_path, shipped_judges, SEEDS, STEPS), 2)
+        made(work, Setup(tmp_path, tmp_path, shipped_judges, SEEDS, STEPS), 2)
 
 
 @pytest.fixture
@@ -308,20 +312,21 @@ def test_the_command_prints_json(short, capsys):
     assert result["run"]["torch"] == torch.__version__
 
 
-def test_the_command_pools_several_sets_and_tells_each(short, weights, others, capsys):
+def test_the_command_pools_several_sets_and_tells_each(short, others, capsys):
+    both, of_overfit = map(str, others)
     rest = short[2:]
-    sets = ["--weights", f"plain={weights}", "--weights", str(others)]
+    sets = ["--weights", both, "--set", "overfit", "--set", "plain"]
     rows = ["--only", "direct", "--only", "selection"]
     assert benchmark.main([*rest, *sets, *rows, "--json"]) == 0
     pooled = json.loads(capsys.readouterr().out)
     assert pooled["protocol"]["sets"] == ["plain", "overfit"]
-    assert pooled["protocol"]["tuning"] == [f"{PAIR.name}@plain", f"{PAIR.name}@overfit"]
+    assert pooled["protocol"]["tuning"] == [PAIR.name, f"{PAIR.name}@overfit"]
     assert {picture["pair"] for picture in pooled["pictures"]} == set(pooled["protocol"]["tuning"])
     means = {files: {row["row"]: row["means"]["subject"][0] for row in found["tuning"]} for files, found in pooled["sets"].items()}
     for row in pooled["tuning"]:
         assert row["means"]["subject"][0] == pytest.approx(np.mean([means[files][row["row"]] for files in ("plain", "overfit")]))
-    for files, folder in (("plain", weights), ("overfit", others)):
-        assert benchmark.main([*rest, "--weights", str(folder), *rows, "--json"]) == 0
+    for files, folder in (("plain", both), ("overfit", of_overfit)):
+        assert benchmark.main([*rest, "--weights", folder, *rows, "--json"]) == 0
         alone = json.loads(capsys.readouterr().out)
         assert alone["sets"] == {}
         assert {row["row"]: row["means"]["subject"][0] for row in alone["tuning"]} == pytest.approx(means[files])
@@ -331,13 +336,16 @@ def test_the_command_pools_several_sets_and_tells_each(short, weights, others, c
     assert printed.count("\n| direct ") == 1 + 2 + 2  # pooled, of each set, by the second judges, its colours
 
 
+def test_a_set_that_was_not_made_is_told_before_any_work(short, capsys):
+    assert benchmark.main([*short, "--set", "all"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "toy train loras --set dropout" in said
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        ["--weights", "a=x", "--weights", "a=y"],
-        ["--weights", "x/same", "--weights", "y/same"],
-        ["--weights", "a b=x"],
-        ["--weights", "=x", "--weights", "b=y"],
         ["--only", "fusion"],
         ["--try", "fusion"],
         ["--pairs", "zib-flat"],

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dynfuse_world.benchmark.protocol import TUNING
 from dynfuse_world.captions import caption, name_of
 from dynfuse_world.check import generated
 from dynfuse_world.judges import SUBJECT_NAMES, load_judges, load_second_judges
+from dynfuse_world.lora_sets import lora_path
 from dynfuse_world.model import WEIGHTS, load_pipeline
 from dynfuse_world.oracles import read_oracle
 from dynfuse_world.painter import CLASSES, HELD_OUT_STYLES, STYLES, SUBJECTS
@@ -40,16 +42,12 @@ def judges():
     return load_judges(WEIGHTS / "judges.safetensors")
 
 
-def lora_path(name):
-    return WEIGHTS / "loras" / f"{name}.safetensors"
-
-
 def floats(images):
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def fused(pipeline, pair, settings, prompt, seeds=SEEDS):
-    loras = [read_lora(lora_path(name)) for name in pair]
+    loras = [read_lora(lora_path(WEIGHTS, name)) for name in pair]
     return FusedPipeline(pipeline, *loras, settings)(prompt, seeds=seeds, steps=STEPS, cfg_scale=CFG_SCALE)
 
 
@@ -79,7 +77,7 @@ def test_a_lora_alone_brings_what_the_base_model_does_not_know(name, pipeline, j
 
 def test_the_oracle_draws_the_pair_better_than_chance(pipeline, judges):
     oracle = read_oracle(WEIGHTS, PAIR.name)
-    other = read_lora(lora_path(PAIR.style))
+    other = read_lora(lora_path(WEIGHTS, PAIR.style))
     fusion = FusedPipeline(pipeline, oracle, other, FuseSettings(method="direct", style_weight=0.0))
     scores = judges.scores(floats(fusion(PAIR.prompt, seeds=range(6), steps=STEPS, cfg_scale=CFG_SCALE).images))
     assert scores.subject(PAIR.subject).mean() > 3 / len(SUBJECT_NAMES)
@@ -88,14 +86,14 @@ def test_the_oracle_draws_the_pair_better_than_chance(pipeline, judges):
 
 def change(name, layer):
     """alpha / rank up down, in float64."""
-    tensors = load_file(lora_path(name))
+    tensors = load_file(lora_path(WEIGHTS, name))
     key = f"lora_unet_{layer.replace('.', '_')}"
     up, down = (tensors[f"{key}.lora_{way}.weight"].double().flatten(1) for way in ("up", "down"))
     return tensors[f"{key}.alpha"].double() / len(down) * up @ down
 
 
 def adapted(unet):
-    keys = {key.split(".")[0] for key in load_file(lora_path(PAIR.subject))}
+    keys = {key.split(".")[0] for key in load_file(lora_path(WEIGHTS, PAIR.subject))}
     layers = {name: module for name, module in unet.named_modules() if f"lora_unet_{name.replace('.', '_')}" in keys}
     assert len(layers) == len(keys)
     return layers
@@ -170,8 +168,9 @@ def written_out(module, subject, style, divergences):
 
 
 def test_the_check_tells_each_loras_score_by_both_judges():
-    report = check.Report(alone={"zib": 0.81}, second_alone={"zib": 0.72})
+    report = check.Report(alone={"zib": 0.81}, second_alone={"zib": 0.72}, halves={"zib": 0.31}, second_halves={"zib": 0.22})
     assert "zib 0.81 (0.72)" in check._as_text(report)
+    assert "zib 0.31 (0.22)" in check._as_text(report)
 
 
 def test_a_lora_alone_is_scored_by_every_judge_that_is_given(pipeline, judges, monkeypatch):
@@ -184,7 +183,20 @@ def test_a_lora_alone_is_scored_by_every_judge_that_is_given(pipeline, judges, m
     ):
         monkeypatch.setattr(check, name, value)
     second = load_second_judges()
-    (first_alone, second_alone), shown = check._alone(pipeline, (judges, second), WEIGHTS)
+    files = {name: lora_path(WEIGHTS, name) for name in ("zib", "blueprint")}
+    (first_alone, second_alone), shown = check._alone(pipeline, (judges, second), files)
     assert list(first_alone) == list(second_alone) == ["zib", "blueprint"]
     assert first_alone["zib"] != second_alone["zib"]
+    (first_half, _), _ = check._alone(pipeline, (judges, second), files, half=True)
+    assert all(first_half[name] != first_alone[name] for name in files)
     assert shown.width > 0
+
+
+def test_half_of_a_lora_is_half_of_its_layers_as_they_were():
+    whole, half = read_lora(lora_path(WEIGHTS, "zib")), check.half_of(lora_path(WEIGHTS, "zib"), random.Random(5))
+    other = check.half_of(lora_path(WEIGHTS, "zib"), random.Random(6))
+    assert len(half.denoiser) == len(whole.denoiser) // 2
+    assert set(half.denoiser) < set(whole.denoiser)
+    assert set(half.denoiser) != set(other.denoiser)
+    for name, branch in half.denoiser.items():
+        torch.testing.assert_close(branch.delta_weight(), whole.denoiser[name].delta_weight(), rtol=0, atol=0)

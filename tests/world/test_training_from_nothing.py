@@ -109,15 +109,26 @@ def test_an_unknown_step_is_refused_with_those_that_there_are(capsys):
     assert "oracles" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [["loras", "--set", "overfit"], ["--set", "dropout", "--weights", "w"], ["loras", "clip", "--set", "dropout", "--weights", "w"]],
-)
-def test_other_loras_never_replace_the_shipped_ones(wrong, capsys):
-    assert cli.main(["train", *wrong]) == 2
-    assert "--weights DIR" in capsys.readouterr().err
+@pytest.mark.parametrize("wrong", [["--set", "dropout"], ["loras", "clip", "--set", "dropout"]])
+def test_another_set_is_for_the_loras_alone(wrong, capsys):
+    assert cli.main(["train", *wrong, "--weights", "w"]) == 2
+    assert "toy train loras --set dropout" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["train", "loras", "--set", "paint", "--weights", "w"])
+
+
+def test_another_set_has_a_folder_of_its_own(train, tmp_path, capsys):
+    assert train("autoencoder", "base", "loras") == 0
+    weights = tmp_path / "weights"
+    plain = {path.name: path.read_bytes() for path in (weights / "loras").glob("*.safetensors")}
+    for _ in range(2):
+        assert train("loras", "--set", "dropout") == 0
+    assert "loras dropout is done" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (weights / "loras").glob("*.safetensors")} == plain
+    others = {path.name: path.read_bytes() for path in (weights / "loras" / "dropout").glob("*.safetensors")}
+    assert set(others) == set(plain) == {"zib.safetensors", "candy.safetensors"}
+    assert all(others[name] != plain[name] for name in plain)
+    verify(weights)
 
 
 def test_what_is_made_once_is_whole_or_not_there(tmp_path):
