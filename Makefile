@@ -59,7 +59,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m lib_dynfuse bench guidance
 
 quality: $(VENV)/.ready
-	$(BIN)/python -m lib_dynfuse toy bench --pictures out/quality
+	$(BIN)/python -m lib_dynfuse toy bench --pairs reported --pictures out/quality
 
 clean:
 	rm -rf $(VENV) $(A1111_VENV) $(NEO_VENV) out .pytest_cache .ruff_cache .mypy_cache
