@@ -22,12 +22,13 @@ from lib_dynfuse.bench.denoisers import processor
 from lib_dynfuse.evaluate.statistics import RESAMPLES
 from lib_dynfuse.program import program
 
+from ..captions import words as world_words
 from ..lora_sets import PLAIN, SETS, lora_path
 from ..model import WEIGHTS
 from .making import shipped_judges
 from .methods import METHODS, RANDOM, ROWS, SWEEP, ZIPLORA, Row, RowError, chosen, row_of
 from .paper import distinct, paper_text, summaries_of, tables_of
-from .protocol import CFG_SCALE, PAIRS, REFERENCE_SEED, REPORTED, SEEDS, STEPS, TUNING, Pair
+from .protocol import CFG_SCALE, PAIRS, PROMPT, REFERENCE_SEED, REPORTED, SEEDS, STEPS, TUNING, Pair
 from .run import made, processors
 from .summary import agreements, as_json, summaries
 from .table import agreement_text, colour_table, diagnosis_table, scores_table, second_table
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         pairs = _of_sets(_pairs(options.pairs or ("tuning" if options.quick else "all")), sets, options.weights)
         standard = [*ROWS, *((ZIPLORA,) if options.ziplora else ()), *(() if options.quick else SWEEP)]
         rows = [*chosen(standard, options.only or []), *(row_of(text, "tried") for text in options.tried or [])]
+        _known(options.prompt)
     except RowError as error:
         print(f"{str(error)[:1].upper()}{str(error)[1:]}.", file=sys.stderr)
         return 2
@@ -65,7 +67,14 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dynfuse-bench-") as references:
         setup = Setup(
-            options.weights, Path(references), options.load_judges, seeds, options.steps, options.cfg_scale, tuple(options.loudness)
+            options.weights,
+            Path(references),
+            options.load_judges,
+            seeds,
+            options.steps,
+            options.cfg_scale,
+            tuple(options.loudness),
+            options.prompt,
         )
         outcomes = made(work, setup, workers)
     seconds = time.perf_counter() - start
@@ -117,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--cfg", type=float, default=CFG_SCALE, dest="cfg_scale", metavar="X", help=f"scale (default: {CFG_SCALE:g})")
     add("--loudness", type=float, nargs=2, default=(1.0, 1.0), metavar=("S", "T"), help="as if the subjects' and the styles' files had "
         "been saved S and T times as strong; their weights stay 1")  # fmt: skip
+    add("--prompt", default=PROMPT, metavar="TEXT", help=f"with {{subject}} (zib creature) or {{word}} (zib) and {{style}} (default: "
+        f"{PROMPT})")  # fmt: skip
     add("--workers", type=_positive, metavar="N", help="processes (default: one for each processor)")
     add("--set", action="append", dest="sets", choices=(*SETS, _ALL), help=f"of LoRAs, as users' files differ (default: {PLAIN}); may be "
         "repeated: the pairs of all are pooled, zib-chalk@overfit among them; some are made by toy train loras --set ...")  # fmt: skip
@@ -133,6 +144,19 @@ def _pairs(text: str) -> tuple[Pair, ...]:
     if unknown := [name for name in wanted if name not in names]:
         raise RowError(f"there is no pair {unknown[0]!r}; there are {', '.join(names)}")
     return tuple(pair for name, pair in names.items() if name in wanted)
+
+
+def _known(template: str) -> None:
+    """Raises RowError for a prompt that is not the pair's, or has words that the model has never seen."""
+    try:
+        asked = PAIRS[0].asked(template)
+    except (KeyError, IndexError, ValueError):
+        raise RowError(f"{template!r} is no prompt: {{subject}}, {{word}} and {{style}} may stand in it") from None
+    words = asked.replace(",", " ").split()
+    if unknown := [word for word in words if word not in world_words()]:
+        raise RowError(f"the world's model does not know the word {unknown[0]!r}; it knows {', '.join(world_words())}")
+    if not {PAIRS[0].subject, PAIRS[0].style} <= set(words):
+        raise RowError(f"{template!r} has not both of {{subject}} (or {{word}}) and {{style}}")
 
 
 def _sets(names: Sequence[str]) -> tuple[str, ...]:
@@ -202,7 +226,7 @@ def _result(
             "loudness": list(setup.loudness),
             "seeds": list(setup.seeds),
             "reference_seed": REFERENCE_SEED,
-            "prompts": {pair.name: [pair.prompt, pair.subject_prompt, pair.style_prompt] for pair in pairs},
+            "prompts": {pair.name: [pair.asked(setup.prompt), pair.subject_prompt, pair.style_prompt] for pair in pairs},
             **{name: [pair.name for pair in group.pairs] for name, group in found.items()},
             "sets": list(sets),
             "resamples": RESAMPLES,

@@ -98,7 +98,7 @@ class Studio:
     def _base(self, pair: Pair, clock: _Clock) -> tuple[list[Image.Image], None]:
         setup = self.setup
         output = self.pipeline(
-            pair.prompt,
+            pair.asked(setup.prompt),
             num_images_per_prompt=len(setup.seeds),
             num_inference_steps=setup.steps,
             guidance_scale=setup.cfg_scale,
@@ -130,7 +130,7 @@ class Studio:
         rule = RandomChoice(pair, setup.seeds) if row.loras == "random" else None
         fused = _Fusion(self.pipeline, subject, style, row, pair, self.guidance, rule)
         made = fused(
-            pair.prompt,
+            pair.asked(setup.prompt),
             seeds=setup.seeds,
             steps=setup.steps,
             cfg_scale=setup.cfg_scale,

@@ -9,6 +9,7 @@ from ..lora_sets import PLAIN
 
 STEPS = 15
 CFG_SCALE = 5.0
+PROMPT = caption("{subject}", "{style}")
 SEEDS = tuple(range(24))
 """Of the pictures of every pair, so that methods are compared on the same noise."""
 REFERENCE_SEED = 1000
@@ -35,7 +36,11 @@ class Pair:
     @property
     def prompt(self) -> str:
         """What every method is asked for."""
-        return caption(name_of(self.subject), self.style)
+        return self.asked(PROMPT)
+
+    def asked(self, template: str) -> str:
+        """The template with the subject and its class for {subject}, its word alone for {word}, and {style}. Raises KeyError."""
+        return template.format(subject=name_of(self.subject), word=self.subject, style=self.style)
 
     @property
     def subject_prompt(self) -> str:
@@ -65,4 +70,4 @@ PICTURED = (Pair("zib", "sunset"), Pair("mok", "chalk"), Pair("tuf", "candy"), P
 """Shown as pictures; reported pairs, each subject and each style once."""
 PICTURED_SEEDS = 8
 
-__all__ = ["CFG_SCALE", "PAIRS", "PICTURED", "PICTURED_SEEDS", "REFERENCE_SEED", "REPORTED", "SEEDS", "STEPS", "TUNING", "Pair"]
+__all__ = ["CFG_SCALE", "PAIRS", "PICTURED", "PICTURED_SEEDS", "PROMPT", "REFERENCE_SEED", "REPORTED", "SEEDS", "STEPS", "TUNING", "Pair"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .colour import Colour
 from .diagnosis import Diagnosis
 from .methods import Row
-from .protocol import CFG_SCALE, PICTURED, PICTURED_SEEDS, SEEDS, STEPS, TUNING, Pair
+from .protocol import CFG_SCALE, PICTURED, PICTURED_SEEDS, PROMPT, SEEDS, STEPS, TUNING, Pair
 
 SCORES = ("subject", "style", "second_subject", "second_style", *Colour._fields)
 """An outcome's, of each picture."""
@@ -41,6 +41,7 @@ class Setup:
 
     load_judges: makes the first and the second judges of the weights; a function that other processes can import. seeds, steps,
     cfg_scale: the protocol's, but for trials. loudness: factors on the strength of the subject's and the style's file, on top of the set's.
+    prompt: a template, see Pair.asked.
     """
 
     weights: Path
@@ -50,6 +51,7 @@ class Setup:
     steps: int = STEPS
     cfg_scale: float = CFG_SCALE
     loudness: tuple[float, float] = (1.0, 1.0)
+    prompt: str = PROMPT
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,17 @@ def test_the_base_row_is_the_pipeline_alone(studio, weights):
     np.testing.assert_array_equal(made_of(studio, ROW["base model"]).pictures, np.stack([np.asarray(image) for image in images]))
 
 
+def test_another_prompt_is_the_pipelines_own(setup, weights):
+    asked = replace(setup, prompt="{style} style {word}")
+    outcomes = [Studio(each).make(Task(PAIR, ROW["direct"], shown=1)).pictures for each in (setup, asked)]
+    loras = [read_lora(weights / "loras" / f"{name}.safetensors") for name in (PAIR.subject, PAIR.style)]
+    image = FusedPipeline(model.load_pipeline(weights), *loras, FuseSettings(method="direct"))(
+        "blueprint style zib", seeds=SEEDS, steps=STEPS, cfg_scale=5.0
+    ).images[0]
+    np.testing.assert_array_equal(outcomes[1][0], np.asarray(image))
+    assert not np.array_equal(*outcomes)
+
+
 def test_an_oracle_is_read_out_of_the_common_file(weights):
     for seed, pair in enumerate(TUNING[:2], 9):
         tensors = attention_lora(model.new_unet(), 4, seed)
@@ -301,13 +312,33 @@ def test_the_command_prints_the_table_and_writes_pictures(short, tmp_path, capsy
 
 
 def test_the_command_prints_json(short, capsys):
-    assert benchmark.main([*short, "--json", "--only", "direct", "--first-seed", "7", "--cfg", "3", "--loudness", "1.5", "0.5"]) == 0
+    assert (
+        benchmark.main(
+            [
+                *short,
+                "--json",
+                "--only",
+                "direct",
+                "--first-seed",
+                "7",
+                "--cfg",
+                "3",
+                "--loudness",
+                "1.5",
+                "0.5",
+                "--prompt",
+                "{style} {word}",
+            ]
+        )
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert [row["row"] for row in result["tuning"]] == ["direct"]
     assert result["reported"] == []
     assert all(len(result["pictures"][0][name]) == 2 for name in SCORES)
     assert result["agreement"]["style"]["pictures"] == 2
     protocol = result["protocol"]
+    assert protocol["prompts"][PAIR.name][0] == f"{PAIR.style} {PAIR.subject}"
     assert (protocol["steps"], protocol["cfg_scale"], protocol["loudness"], protocol["seeds"]) == (STEPS, 3.0, [1.5, 0.5], [7, 8])
     assert result["run"]["torch"] == torch.__version__
 
@@ -349,6 +380,9 @@ def test_a_set_that_was_not_made_is_told_before_any_work(short, capsys):
         ["--only", "fusion"],
         ["--try", "fusion"],
         ["--pairs", "zib-flat"],
+        ["--prompt", "a {subject}"],
+        ["--prompt", "a dog, {subject}, {style}"],
+        ["--prompt", "{}"],
         ["--pairs", "reported", "--only", "sweep"],
     ],
 )
