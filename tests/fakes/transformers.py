@@ -1,4 +1,4 @@
-"""Small diffusion transformers with random weights, under the layer names of Flux, Chroma, Flux.2, Qwen-Image, Z-Image and Lumina 2.
+"""Small diffusion transformers of random weights, with the layer names of Flux, Chroma, Flux.2, Qwen-Image, Z-Image, Lumina 2 and Krea 2.
 
 Each is written once, in its authors' layers. In diffusers' layout the same weights stand under diffusers' names, fused layers split, so
 that both layouts give the same picture. Which names and which rows: Forge Neo's backend/nn and diffusers' loaders/single_file_utils.py.
@@ -427,6 +427,65 @@ LUMINA2 = _lumina(LUMINA_HEAD)
 LUMINA_OF_EQUAL_HEADS = _lumina(LUMINA_WIDTH)
 """As many heads of keys as of queries, which no published model has."""
 
+KREA_WIDTH, KREA_HEAD, KREA_TEXT, KREA_TEXT_LAYERS, KREA_TEXT_HEAD = 24, 6, 6, 2, 3
+_KREA_INSIDE = {
+    **{f"attn.w{letter}": f"attn.to_{letter}" for letter in "qkv"},
+    "attn.gate": "attn.to_gate",
+    "attn.wo": "attn.to_out.0",
+    **{f"mlp.{name}": f"ff.{name}" for name in ("gate", "up", "down")},
+}
+
+
+def krea_block(name: str, other: str, width: int, keys: int, middle: int) -> Table:
+    """keys: rows of the keys. middle: width of the gated MLP's."""
+    shapes = dict.fromkeys(_KREA_INSIDE, (width, width)) | dict.fromkeys(("attn.wk", "attn.wv"), (keys, width))
+    shapes |= {"mlp.gate": (middle, width), "mlp.up": (middle, width), "mlp.down": (width, middle)}
+    return {f"{name}.{layer}": linear(*shape, f"{other}.{_KREA_INSIDE[layer]}") for layer, shape in shapes.items()}
+
+
+def krea_run(call: Call, image: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    def attention(name: str, x: Tensor, head: int) -> Tensor:
+        q, k, v, gate = (call(f"{name}.attn.{layer}", x) for layer in ("wq", "wk", "wv", "gate"))
+        return call(f"{name}.attn.wo", attend(q, k, v, head) * torch.sigmoid(gate))
+
+    def mlp(name: str, x: Tensor) -> Tensor:
+        return call(f"{name}.mlp.down", F.silu(call(f"{name}.mlp.gate", x)) * call(f"{name}.mlp.up", x))
+
+    def text_block(name: str, x: Tensor) -> Tensor:
+        x = x + attention(name, plain(x), KREA_TEXT_HEAD)
+        return x + mlp(name, plain(x))
+
+    # Each word's text layers are mixed among themselves, before the words see each other.
+    words = text.unflatten(-1, (KREA_TEXT_LAYERS, KREA_TEXT)).flatten(0, 1)
+    words = text_block("txtfusion.layerwise_blocks.0", words).unflatten(0, (-1, WORDS)).transpose(-1, -2)
+    words = text_block("txtfusion.refiner_blocks.0", call("txtfusion.projector", words).squeeze(-1))
+    words = call("txtmlp.3", gelu(call("txtmlp.1", plain(words))))
+    vector = call("tmlp.2", gelu(call("tmlp.0", time)))
+    scale, shift, gate, scale_mlp, shift_mlp, gate_mlp = call("tproj.1", gelu(vector)).unsqueeze(1).chunk(6, -1)
+    x = torch.cat([words, call("first", image)], 1)
+    x = x + gate * attention("blocks.0", modulated(x, shift, scale), KREA_HEAD)
+    x = x + gate_mlp * mlp("blocks.0", modulated(x, shift_mlp, scale_mlp))
+    return call("last.linear", plain(x)[:, WORDS:])
+
+
+KREA2 = Small(
+    krea_block("txtfusion.layerwise_blocks.0", "text_fusion.layerwise_blocks.0", KREA_TEXT, KREA_TEXT, 16)
+    | krea_block("txtfusion.refiner_blocks.0", "text_fusion.refiner_blocks.0", KREA_TEXT, KREA_TEXT, 16)
+    | krea_block("blocks.0", "transformer_blocks.0", KREA_WIDTH, KREA_HEAD, KREA_WIDTH * 8 // 3)
+    | {
+        "first": linear(KREA_WIDTH, CHANNELS, "img_in"),
+        "tmlp.0": linear(KREA_WIDTH, EMBEDDING, "time_embed.linear_1"),
+        "tmlp.2": linear(KREA_WIDTH, KREA_WIDTH, "time_embed.linear_2"),
+        "tproj.1": linear(6 * KREA_WIDTH, KREA_WIDTH, "time_mod_proj"),
+        "txtfusion.projector": linear(1, KREA_TEXT_LAYERS, "text_fusion.projector"),
+        "txtmlp.1": linear(KREA_WIDTH, KREA_TEXT, "txt_in.linear_1"),
+        "txtmlp.3": linear(KREA_WIDTH, KREA_WIDTH, "txt_in.linear_2"),
+        "last.linear": linear(CHANNELS, KREA_WIDTH, "final_layer.linear"),
+    },
+    krea_run,
+)
+"""Four heads of queries to one of keys and one of values, as in the published model."""
+
 SMALL = {
     "Flux": FLUX,
     "Chroma": CHROMA,
@@ -435,4 +494,5 @@ SMALL = {
     "Z-Image": Z_IMAGE,
     "Lumina 2": LUMINA2,
     "Lumina of equal heads": LUMINA_OF_EQUAL_HEADS,
+    "Krea 2": KREA2,
 }

@@ -30,6 +30,7 @@ from lib_dynfuse.lora.families import (
     FLUX2_DEV,
     FLUX2_KLEIN_4B,
     FLUX2_KLEIN_9B,
+    KREA2,
     LUMINA2,
     QWEN_IMAGE,
     SD1,
@@ -78,6 +79,7 @@ TRANSFORMERS = {
     QWEN_IMAGE.name: ("QwenImageTransformer2DModel", {}),
     Z_IMAGE.name: ("ZImageTransformer2DModel", {}),
     LUMINA2.name: ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
+    KREA2.name: ("Krea2Transformer2DModel", {}),
 }
 
 

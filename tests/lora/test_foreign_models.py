@@ -15,18 +15,16 @@ from tests.fusion.models import Nested
 
 from .writing import kohya, pair, peft, saved
 
-# One block's layers in Forge Neo's backend/nn/wan.py, anima.py, krea.py and ernie.py and in stable-diffusion-3's mmdit.py.
+# One block's layers in Forge Neo's backend/nn/wan.py, anima.py and ernie.py and in stable-diffusion-3's mmdit.py.
 ATTENTION = {
     "Wan": [f"blocks.0.{kind}.{x}" for kind in ("self_attn", "cross_attn") for x in "qkvo"],
     "Anima": [f"blocks.0.{kind}.{x}_proj" for kind in ("self_attn", "cross_attn") for x in ("q", "k", "v", "output")],
-    "Krea 2": [f"blocks.0.attn.w{x}" for x in "qkvo"],
     "ERNIE-Image": [f"layers.0.self_attention.to_{x}" for x in ("q", "k", "v", "out.0")],
     "SD 3.5": [f"joint_blocks.0.{stream}_block.attn.{x}" for stream in ("x", "context") for x in ("qkv", "proj")],
 }
 OTHER = {
     "Wan": ["blocks.0.ffn.0", "head.head"],
     "Anima": ["blocks.0.mlp.layer1", "blocks.0.adaln_modulation_mlp.1"],
-    "Krea 2": ["blocks.0.attn.gate", "blocks.0.mlp.down", "txtfusion.refiner_blocks.0.mlp.up"],
     "ERNIE-Image": ["layers.0.mlp.gate_proj", "layers.0.mlp.linear_fc2"],
     "SD 3.5": ["joint_blocks.0.x_block.mlp.fc1", "joint_blocks.0.x_block.adaLN_modulation.1"],
 }

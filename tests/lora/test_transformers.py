@@ -1,4 +1,4 @@
-"""Chroma, Flux.2, Qwen-Image, Z-Image and Lumina 2: every dialect on small models of both layouts, and which file is whose."""
+"""Chroma, Flux.2, Qwen-Image, Z-Image, Lumina 2 and Krea 2: every dialect on small models of both layouts, and which file is whose."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lib_dynfuse.lora import (
     write_merged,
 )
 from lib_dynfuse.lora.families import FAMILIES, reference_aliases, reference_layers
+from lib_dynfuse.lora.families import family as family_named
 from lib_dynfuse.lora.naming import Part, Site, flat
 from lib_dynfuse.lora.report import describe
 from tests.fakes.transformers import CHANNELS, SMALL, TEXT, TOKENS, WORDS, Small, split
@@ -47,6 +48,7 @@ POSSIBLE = {
     "Z-Image": ["Z-Image"],
     "Lumina 2": ["Lumina 2"],
     "Lumina of equal heads": [],
+    "Krea 2": ["Krea 2"],
 }
 
 
@@ -107,6 +109,8 @@ def test_a_lora_does_what_its_merge_does_in_every_dialect_and_layout(tmp_path, f
 @pytest.mark.parametrize("family", SMALL)
 def test_sites_and_choices_are_the_same_in_both_layouts_and_dialects(tmp_path, family):
     small, chosen = SMALL[family], []
+    # The family's own labels: diffusers names many layers of Krea 2 as Flux's.
+    label_of = family_named(POSSIBLE[family][0]).layer_label if POSSIBLE[family] else layer_label
     for layout in ("authors", "diffusers"):
         for names in ("authors", "diffusers"):
             model = small.model(layout)
@@ -114,7 +118,7 @@ def test_sites_and_choices_are_the_same_in_both_layouts_and_dialects(tmp_path, f
                 model, *(written(tmp_path, small, "diffusers", names, seed) for seed in (0, 1)), FuseSettings(method="dynfuse")
             ) as session:
                 model(*inputs(torch.float32))
-            labels = map(layer_label, session.trace.sites)
+            labels = map(label_of, session.trace.sites)
             choices = dict(zip(labels, session.trace.winners[0, :, 0].tolist(), strict=True))
             # Outside of the blocks, labels are the layers' own names.
             chosen.append({label: choice for label, choice in choices.items() if label.split()[1].isdigit()})
@@ -229,6 +233,8 @@ def test_a_whole_file_is_recognised_counted_and_named(tmp_path, family):
         ("Z-Image", (".feed_forward.w1",), 1, {"Z-Image"}),
         ("Z-Image", (".attention.out",), 1, {"Z-Image"}),
         ("Lumina 2", (".attention.qkv",), 1, {"Lumina 2"}),
+        ("Krea 2", (".attn.wq", ".attn.wk"), 1, {"Krea 2"}),
+        ("Krea 2", (".mlp.down",), 1000, {"Krea 2"}),
     ],
 )
 def test_a_part_of_a_file_is_taken_for_no_other_family(tmp_path, family, endings, blocks, expected):
@@ -296,6 +302,8 @@ def test_which_files_go_together(tmp_path):
         ("Chroma", (), "Flux", None),
         ("Flux.2 Klein 4B", (".img_attn.qkv",), "Flux", None),  # the same names and sizes, and no word of another model
         ("Lumina 2", (), "Z-Image", "was made for Lumina 2, and the model is Z-Image"),
+        ("Krea 2", (), "Flux", "was made for Krea 2, and the model is Flux"),
+        ("Flux", (), "Krea 2", "was made for Flux, and the model is Krea 2"),
         ("Qwen-Image", (), "SDXL", "was made for Qwen-Image, and the model is SD 1.x or SD 2.x or SDXL"),
     ],
 )
@@ -330,7 +338,7 @@ def test_files_whose_names_may_be_two_models_are_not_merged_without_one(tmp_path
         merge_files(tmp_path / "two.safetensors", files[:1], files[1:], FuseSettings(method="direct"))
 
 
-@pytest.mark.parametrize("family", ["Chroma", "Flux.2 Klein 4B", "Qwen-Image", "Z-Image", "Lumina 2"])
+@pytest.mark.parametrize("family", ["Chroma", "Flux.2 Klein 4B", "Qwen-Image", "Z-Image", "Lumina 2", "Krea 2"])
 def test_merged_files_are_kohyas_in_the_authors_names(tmp_path, family):
     layers = layers_of(family, blocks=1)
     files = [file_of(tmp_path, layers, name=f"{n}.safetensors") for n in range(2)]
@@ -352,6 +360,7 @@ def test_blocks_are_named_in_the_order_in_which_data_meets_them():
     refined = ("embed", "first", *numbered("context", 2), *numbered("noise", 2))
     assert names("Z-Image") == (*refined, *numbered("layer", 30), "last")
     assert names("Lumina 2") == (*refined, *numbered("layer", 26), "last")
+    assert names("Krea 2") == ("embed", "first", *numbered("mix", 2), *numbered("refine", 2), *numbered("block", 28), "last")
 
 
 @pytest.mark.parametrize(
@@ -363,6 +372,7 @@ def test_blocks_are_named_in_the_order_in_which_data_meets_them():
         ("Qwen-Image", 60 * 8),
         ("Z-Image", 34 * 4),
         ("Lumina 2", 30 * 4),
+        ("Krea 2", 32 * 4),
     ],
 )
 def test_attention_is_known_in_every_family(family, count):
@@ -387,6 +397,8 @@ def test_attention_is_known_in_every_family(family, count):
         (Site("layers.3.attn.to_k"), "layer 3 attention.k"),
         (Site("noise_refiner.1.attn.to_out.0"), "noise 1 attention.out"),
         (Site("context_refiner.1.feed_forward.linear_2"), "context 1 feed_forward.w2"),
+        (Site("blocks.3.attn.gate"), "block 3 attn.gate"),
+        (Site("text_fusion.refiner_blocks.1.ff.down"), "refine 1 mlp.down"),
     ],
 )
 def test_sites_have_the_same_labels_in_both_layouts(site, label):
@@ -419,3 +431,36 @@ def test_a_file_of_one_scheme_is_matched_whole_on_the_other(tmp_path):
     found, unmatched = branches_by_site(file, denoiser_aliases(split_model))
     assert {site.layer: binding.bind(site, torch.Tensor).shape for site, binding in found.items()} == split_model
     assert len(unmatched) == 2 * (len(layers) - 1)
+
+
+KREA2_NAMES = {
+    "transformer_blocks.27.attn.to_q": "blocks.27.attn.wq",
+    "transformer_blocks.27.attn.to_gate": "blocks.27.attn.gate",
+    "transformer_blocks.0.attn.to_out.0": "blocks.0.attn.wo",
+    "transformer_blocks.0.ff.up": "blocks.0.mlp.up",
+    "text_fusion.layerwise_blocks.1.attn.to_k": "txtfusion.layerwise_blocks.1.attn.wk",
+    "text_fusion.refiner_blocks.0.ff.gate": "txtfusion.refiner_blocks.0.mlp.gate",
+    "text_fusion.projector": "txtfusion.projector",
+    "img_in": "first",
+    "time_embed.linear_2": "tmlp.2",
+    "time_mod_proj": "tproj.1",
+    "txt_in.linear_1": "txtmlp.1",
+    "txt_in.linear_2": "txtmlp.3",
+    "final_layer.linear": "last.linear",
+}
+
+
+def test_krea2s_diffusers_names_are_those_that_forge_neo_maps():
+    """modules_forge/packages/comfy/utils.py, krea2_to_diffusers; diffusers' own model is in no version that is pinned here."""
+    aliases = reference_aliases("Krea 2")
+    assert {name: aliases[flat(name)][0].site.layer for name in KREA2_NAMES} == KREA2_NAMES
+    # Every layer of Krea 2 has two names.
+    assert len(aliases) == 2 * len(reference_layers("Krea 2"))
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_out"])
+def test_a_krea2_file_in_diffusers_names_is_taken_for_no_other(tmp_path, name):
+    """Flux and Qwen-Image have the same names, and Flux.2 dev the same width, in fewer blocks."""
+    assert possible(file_of(tmp_path, {name.format(n): (6144, 6144) for n in range(28)})) == {"Krea 2"}
+    assert possible(file_of(tmp_path, {name.format(n): (3072, 3072) for n in range(19)}, name="flux.safetensors")) >= {"Flux"}
+    assert "Krea 2" not in possible(file_of(tmp_path, {name.format(n): (3072, 3072) for n in range(28)}, name="qwen.safetensors"))

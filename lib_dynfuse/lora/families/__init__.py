@@ -11,6 +11,7 @@ from .chroma import CHROMA
 from .family import Encoder, Evidence, Family, Layers, Shape, part_label
 from .flux import FLUX
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B
+from .krea2 import KREA2
 from .next_dit import LUMINA2, Z_IMAGE
 from .qwen_image import QWEN_IMAGE
 from .sd import SD1, SD2
@@ -28,10 +29,11 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_IMAGE,
     Z_IMAGE,
     LUMINA2,
+    KREA2,
 )
 """Every known family, in the order in which they are asked."""
 
-# Of models of no known scheme: Wan's self_attn.q, Anima's cross_attn.q_proj, Krea 2's attn.wq, ERNIE-Image's self_attention.to_out.0.
+# Of models of no known scheme: Wan's self_attn.q, Anima's cross_attn.q_proj, ERNIE-Image's self_attention.to_out.0.
 _PROJECTION = re.compile(
     r"(?:^|\.)(?:\w+_)?(?:attn\d?|attention)\.(?:(?:to_)?w?[qkvo](?:_proj|_img)?|qkv|proj|(?:to_)?out(?:put)?(?:_proj)?(?:\.0)?)$"
 )
@@ -176,6 +178,7 @@ __all__ = [
     "FLUX2_DEV",
     "FLUX2_KLEIN_4B",
     "FLUX2_KLEIN_9B",
+    "KREA2",
     "LUMINA2",
     "QWEN_IMAGE",
     "Z_IMAGE",

@@ -143,7 +143,7 @@ class Transformer(Family):
     def _found(self, name: str, scheme: str) -> tuple[Stack, str, str] | None:
         """(stack, number of the block, name inside the block) of a layer."""
         for stack in self.stacks:
-            if found := re.fullmatch(rf"{stack.name if scheme == AUTHORS else stack.other}\.(\d+)\.(.+)", name):
+            if found := re.fullmatch(rf"{re.escape(stack.name if scheme == AUTHORS else stack.other)}\.(\d+)\.(.+)", name):
                 return stack, found[1], found[2]
         return None
 
@@ -251,7 +251,7 @@ def layouts_of(
         for stack in stacks:
             partial = [f"{fused}.qkv" for fused, parts in stack.fused.items() if parts.keys() > {"q", "k", "v"}]
             names = [*stack.inner(scheme), *(partial if scheme == AUTHORS else [])]
-            inside.append(rf"{stack.name if scheme == AUTHORS else stack.other}_\d+_{either(names)}")
+            inside.append(rf"{flat(stack.name if scheme == AUTHORS else stack.other)}_\d+_{either(names)}")
         patterns[name] = re.compile("|".join([*inside, either(outside)]))
     return patterns
 
