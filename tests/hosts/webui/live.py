@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -64,6 +65,10 @@ class WebUI:
         before = self.call("/dynfuse-faults/loaded")
         self.call("/dynfuse-faults/reload-ui", {})
         end = time.monotonic() + seconds
+        # A1111 dies of a request that comes after its port is open and before its API is there: none is sent for a while.
+        closed = self._until_port(False, min(end, time.monotonic() + 20))
+        opened = self._until_port(True, end)
+        time.sleep(min(30, (opened - closed) / 3))
         while time.monotonic() < end:
             try:
                 if self.call("/dynfuse-faults/loaded", timeout=10) != before:
@@ -72,6 +77,17 @@ class WebUI:
                 pass  # between two servers, or before the new scripts' routes
             time.sleep(0.5)
         raise TimeoutError(f"the WebUI was not back after {seconds:.0f} s")
+
+    def _until_port(self, open_: bool, end: float) -> float:
+        """When the port was seen open (or closed), or `end`."""
+        host, port = self.address.removeprefix("http://").split(":")
+        while (now := time.monotonic()) < end:
+            with socket.socket() as connection:
+                connection.settimeout(1)
+                if (connection.connect_ex((host, int(port))) == 0) is open_:
+                    return now
+            time.sleep(0.1)
+        return end
 
     def interrupt(self) -> None:
         self.call("/sdapi/v1/interrupt", {})
