@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lib_dynfuse.evaluate.statistics import Floats, Interval, Resamples, harmonic_mean
 
@@ -45,19 +46,27 @@ class Summary:
 
 
 def summaries(outcomes: Iterable[Outcome], rows: Sequence[Row], pairs: Sequence[Pair], compared_with: str = COMPARED_WITH) -> list[Summary]:
-    """Of the rows that were made on all of these pairs."""
+    """Of the rows that were made on all of these pairs. In the intervals, pairs of the same words in several sets are drawn together."""
     found = {(outcome.pair, outcome.row): outcome for outcome in outcomes}
     complete = {row.name: [found[pair, row.name] for pair in pairs] for row in rows if all((pair, row.name) in found for pair in pairs)}
     if not complete or not pairs:
         return []
     measured = {name: _measures(of_row) for name, of_row in complete.items()}
-    draws = Resamples.draw(*next(iter(measured.values()))["subject"].shape)
+    draws = Resamples.draw_together(_same_words(pairs), next(iter(measured.values()))["subject"].shape[1])
     reference = measured.get(compared_with)
     return [
         _summary(row, complete[row.name], measured[row.name], None if row.name == compared_with else reference, draws)
         for row in rows
         if row.name in complete
     ]
+
+
+def _same_words(pairs: Sequence[Pair]) -> NDArray[np.int64]:
+    """(words, sets): the places of each subject and style's pairs."""
+    places: dict[Pair, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        places.setdefault(pair.plain, []).append(place)
+    return np.array(list(places.values()))
 
 
 def _measures(outcomes: Sequence[Outcome]) -> dict[str, Floats]:

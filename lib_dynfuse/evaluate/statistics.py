@@ -45,8 +45,14 @@ class Resamples:
 
     @classmethod
     def draw(cls, pairs: int, seeds: int, count: int = RESAMPLES, seed: int = _SEED) -> Resamples:
+        return cls.draw_together(np.arange(pairs)[:, None], seeds, count, seed)
+
+    @classmethod
+    def draw_together(cls, groups: NDArray[np.int64], seeds: int, count: int = RESAMPLES, seed: int = _SEED) -> Resamples:
+        """groups: (G, P / G) indices of pairs that are not independent, and so are drawn all or none."""
         rng = np.random.default_rng(seed)
-        return cls(rng.integers(pairs, size=(count, pairs)), rng.integers(seeds, size=(count, pairs, seeds)))
+        drawn = groups[rng.integers(len(groups), size=(count, len(groups)))].reshape(count, groups.size)
+        return cls(drawn, rng.integers(seeds, size=(count, groups.size, seeds)))
 
     def pair_means(self, scores: Floats) -> Floats:
         """scores: (P, S). Returns (R, P), the mean over the drawn seeds of each drawn pair."""

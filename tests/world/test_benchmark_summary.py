@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,16 @@ def test_differences_are_those_of_the_same_pictures(found):
     assert found[0].differences is None
     difference = found[1].differences["subject"]
     assert (difference.mean, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_sets_of_the_same_words_are_no_further_pairs():
+    """Two sets in which each pair has the same scores, every seed alike: one set's interval, where six pairs of their own had a smaller."""
+    pairs = {files: [replace(pair, files=files) for pair in REPORTED[:6]] for files in ("plain", "dropout")}
+    level = {pair: np.full((len(SCORES), SEEDS), 0.1 + 0.1 * place) for of_set in pairs.values() for place, pair in enumerate(of_set)}
+    made = [Outcome(pair, "direct", *scores, 0.5, np.zeros((0, 8, 8, 3), np.uint8), None) for pair, scores in level.items()]
+    one, both = (summaries(made, ROWS, which)[0].means["subject"] for which in (pairs["plain"], pairs["plain"] + pairs["dropout"]))
+    assert (both.mean, both.low, both.high) == pytest.approx((one.mean, one.low, one.high))
+    assert one.high - one.low > 0.2
 
 
 def test_there_are_no_differences_without_direct():
