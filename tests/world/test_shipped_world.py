@@ -19,15 +19,18 @@ from dynfuse_world.benchmark.protocol import TUNING
 from dynfuse_world.captions import caption, name_of
 from dynfuse_world.check import generated
 from dynfuse_world.judges import SUBJECT_NAMES, load_judges, load_second_judges
-from dynfuse_world.lora_sets import lora_path
+from dynfuse_world.lora_sets import PLAIN, lora_path
 from dynfuse_world.model import WEIGHTS, load_pipeline
 from dynfuse_world.oracles import read_oracle
 from dynfuse_world.painter import CLASSES, HELD_OUT_STYLES, STYLES, SUBJECTS
+from dynfuse_world.shipped import verify
 from dynfuse_world.training.pictures import HELD_OUT_PAIRS
 from lib_dynfuse import FuseSettings, read_lora
 from lib_dynfuse.hosts.diffusers import FusedPipeline
 
 PAIR = TUNING[0]
+OVERFIT = (PAIR.subject, PAIR.style)
+"""Those of the other sets that are shipped."""
 STEPS, CFG_SCALE = 10, 5.0
 SEEDS = (0, 1, 2, 3)
 
@@ -46,8 +49,8 @@ def floats(images):
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def fused(pipeline, pair, settings, prompt, seeds=SEEDS):
-    loras = [read_lora(lora_path(WEIGHTS, name)) for name in pair]
+def fused(pipeline, pair, settings, prompt, seeds=SEEDS, trained=PLAIN):
+    loras = [read_lora(lora_path(WEIGHTS, name, trained)) for name in pair]
     return FusedPipeline(pipeline, *loras, settings)(prompt, seeds=seeds, steps=STEPS, cfg_scale=CFG_SCALE)
 
 
@@ -58,15 +61,17 @@ def test_the_base_model_draws_what_it_is_asked_for_also_pairs_that_it_never_saw(
     assert sum(right) >= 0.9 * len(pairs)
 
 
-@pytest.mark.parametrize("name", [*SUBJECTS, *HELD_OUT_STYLES])
-def test_a_lora_alone_brings_what_the_base_model_does_not_know(name, pipeline, judges):
+@pytest.mark.parametrize(
+    ("name", "trained"), [*((name, PLAIN) for name in (*SUBJECTS, *HELD_OUT_STYLES)), *((name, "overfit") for name in OVERFIT)]
+)
+def test_a_lora_alone_brings_what_the_base_model_does_not_know(name, trained, pipeline, judges):
     if name in SUBJECTS:
         pair, off, prompt = (name, "blueprint"), "style_weight", caption(name_of(name), "flat")
     else:
         pair, off, prompt = ("zib", name), "subject_weight", caption("fish", name)
 
     def mean(settings):
-        scores = judges.scores(floats(fused(pipeline, pair, settings, prompt, range(6)).images))
+        scores = judges.scores(floats(fused(pipeline, pair, settings, prompt, range(6), trained).images))
         return float((scores.subject(name) if name in SUBJECTS else scores.style(name)).mean())
 
     without = mean(FuseSettings(method="direct", subject_weight=0.0, style_weight=0.0))
@@ -200,3 +205,8 @@ def test_half_of_a_lora_is_half_of_its_layers_as_they_were():
     assert set(half.denoiser) != set(other.denoiser)
     for name, branch in half.denoiser.items():
         torch.testing.assert_close(branch.delta_weight(), whole.denoiser[name].delta_weight(), rtol=0, atol=0)
+
+
+def test_all_weights_are_below_thirty_megabytes_and_verified():
+    verify()
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 30e6
