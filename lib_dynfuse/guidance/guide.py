@@ -125,7 +125,7 @@ class Guide:
                 except (RuntimeError, MemoryError) as error:
                     reason = "memory ran out on the way back through the denoiser"
                     if not is_out_of_memory(error):
-                        # A kernel without a backward pass, which torch tells of in many words: Forge Neo's rotary embedding is one.
+                        # A kernel without a backward pass, which torch tells of in many words.
                         log.info("DynFuse found no way back through the denoiser", exc_info=True)
                         reason = "a part of the denoiser has no backward pass"
             if through is None:

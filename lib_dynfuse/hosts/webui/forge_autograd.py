@@ -9,6 +9,9 @@ is given an alias instead: a normal tensor on the same memory. This holds for we
 the fly, and what other extensions bring along; no module is touched, so there is nothing to put back.
 
 What the graph keeps is copied when, and only when, it is about to be overwritten: Forge adds in place (`x += n`, backend/nn/unet.py:240).
+
+Forge Neo's transformers turn queries and keys by operators of the package comfy_kitchen that have no backward pass (backend/nn/flux.py:8,
+ernie.py:128). Inside, the same is computed by operators that have one.
 """
 
 from __future__ import annotations
@@ -123,7 +126,8 @@ class _Recording(TorchFunctionMode):
         if _writes(name) or (given and (given.get("inplace") or given.get("out") is not None)):
             for tensor in _written(args, given):
                 self._copy_what_is_kept_of(tensor)
-        result = func(*args, **given)
+        rotate = _ROTATIONS.get(str(func)) if name.startswith("apply_rope") and not given else None
+        result = func(*args, **given) if rotate is None else rotate(*args)
         if isinstance(result, Tensor):
             if result.requires_grad:
                 self._made.append(TensorWeakRef(result))
@@ -177,6 +181,36 @@ class _Recording(TorchFunctionMode):
         self._made.clear()
         self._aliases.clear()
         self._kept.clear()
+
+
+def _rotated(x: Tensor, turns: Tensor, halves: bool) -> Tensor:
+    """x: (..., tokens, channels). turns: (..., tokens, channels / 2, 2, 2), a matrix for each pair of channels, for as many tokens or more.
+
+    halves: a pair is a channel of the first half and its like in the second, not two neighbours.
+    """
+    if turns.dim() == x.dim() + 2 and 1 < x.shape[-2] < turns.shape[-4]:
+        turns = turns[..., : x.shape[-2], :, :, :]
+    pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2) if halves else x.unflatten(-1, (-1, 2))
+    turned = (turns * pairs.to(turns.dtype).unsqueeze(-2)).sum(-1)
+    return (turned.transpose(-1, -2) if halves else turned).flatten(-2).type_as(x)
+
+
+def _rotation(halves: bool) -> Callable[..., Any]:
+    """As comfy_kitchen's operators: of one tensor, or of queries and keys."""
+
+    def rotate(*args: Tensor) -> Any:
+        *tensors, turns = args
+        rotated = tuple([_rotated(x, turns, halves) for x in tensors])
+        return rotated if len(rotated) > 1 else rotated[0]
+
+    return rotate
+
+
+_ROTATIONS = {
+    f"comfy_kitchen.{name}{count}": _rotation(halves)
+    for name, halves in (("apply_rope", False), ("apply_rope_split_half", True))
+    for count in ("", "1")
+}
 
 
 @functools.cache

@@ -261,3 +261,57 @@ def test_memory_is_freed_after_each_gradient(model):
         for _ in range(3):
             gradient_of(model, latent())
         assert sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()) <= before + 1
+
+
+@pytest.fixture(scope="module")
+def kitchen():
+    """comfy_kitchen's rotary embeddings (its backends/eager/rope.py), as it has them: operators without a backward pass."""
+    library = torch.library.Library("comfy_kitchen", "FRAGMENT")
+
+    def neighbours(x, turns):
+        return torch.einsum(
+            "bhtcij,bhtcj->bhtci", turns[:, :, : x.shape[2]].expand(*x.shape[:-1], -1, 2, 2), x.unflatten(-1, (-1, 2))
+        ).flatten(-2)
+
+    def halves(x, turns):
+        first, second = x.chunk(2, -1)
+        turned = [turns[..., n, 0] * first + turns[..., n, 1] * second for n in range(2)]
+        return torch.cat(turned, -1)
+
+    for name, one in (("apply_rope", neighbours), ("apply_rope_split_half", halves)):
+        library.define(f"{name}1(Tensor x, Tensor turns) -> Tensor")
+        library.impl(f"{name}1", torch.no_grad()(one), "CPU")
+        library.define(f"{name}(Tensor q, Tensor k, Tensor turns) -> (Tensor, Tensor)")
+        library.impl(name, torch.no_grad()(lambda q, k, turns, one=one: (one(q, turns), one(k, turns))), "CPU")
+    yield {"apply_rope": neighbours, "apply_rope_split_half": halves}
+    del library  # and with it the operators
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("apply_rope", 7), ("apply_rope", 9), ("apply_rope_split_half", 7)],
+    ids=["neighbours", "neighbours, turns for more tokens", "halves"],
+)
+def test_gradients_pass_rotary_embeddings_without_a_backward_pass(kitchen, name, rows):
+    """Not only through the values: what rotated queries and keys decide, too."""
+    turns = torch.randn(1, 1, rows, 4, 2, 2, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(3))
+
+    def attended(both, one):
+        def run(x):
+            q, k = both(x, x.flip(2))
+            return (F.scaled_dot_product_attention(q, k, one(x)) ** 2).sum()
+
+        return run
+
+    plain = kitchen[name]
+    reference = x.double().requires_grad_()
+    run = attended(lambda q, k: (plain(q, turns.double()), plain(k, turns.double())), lambda x: plain(x, turns.double()))
+    (expected,) = torch.autograd.grad(run(reference), reference)
+    both, one = getattr(torch.ops.comfy_kitchen, name), getattr(torch.ops.comfy_kitchen, f"{name}1")
+    with torch.inference_mode():
+        held = turns.clone()
+        with graph_through_inference_tensors():
+            leaf = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(attended(lambda q, k: both(q, k, held), lambda x: one(x, held))(leaf), leaf)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
