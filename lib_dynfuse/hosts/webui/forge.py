@@ -40,8 +40,12 @@ class ForgeDenoisers(Denoisers):
     def loaded(self) -> nn.Module | None:
         from modules import sd_models
 
+        data = sd_models.model_data
+        # Another checkpoint was chosen, and is loaded with the next picture (sd_models.py, forge_model_reload).
+        if getattr(data, "forge_hash", None) not in (None, str(getattr(data, "forge_loading_parameters", None))):
+            return None
         # Before the first picture it is a stand-in without parts (sd_models.py, FakeInitialModel).
-        parts = getattr(sd_models.model_data.sd_model, "forge_objects", None)
+        parts = getattr(data.sd_model, "forge_objects", None)
         return parts.unet.model.diffusion_model if parts is not None else None
 
     def identity(self, cfg_denoiser: Any) -> object:

@@ -477,6 +477,12 @@ class TestRecord:
         assert len(layers) >= report
         assert all(shape is None or len(shape) in (2, 4) for shape in layers.values())
         assert any(shape is not None for shape in layers.values())
+        if hasattr(data, "forge_loading_parameters"):
+            data.forge_hash = str(data.forge_loading_parameters)
+            assert host.loaded_layers() == layers
+            data.forge_hash = "another checkpoint's, in whose place the chosen one comes with the next picture"
+            assert host.loaded_layers() is None
+            del data.forge_hash
         del data.sd_model
         assert host.loaded_layers() is None
 
