@@ -14,7 +14,7 @@ from torch import nn
 
 from . import forge
 from .forge import FakeForge, clip_keys, set_parameter, unet_keys
-from .webui import SCALE, StableDiffusionProcessingTxt2Img, decoder
+from .webui import SCALE, KDiffusionSampler, StableDiffusionProcessingTxt2Img, decoder
 
 
 class LoRAAdapter:
@@ -237,6 +237,13 @@ class ScriptRunner:
         self.alwayson_scripts = []
 
 
+class AlterSampler(KDiffusionSampler):
+    """modules_forge/forge_alter_samplers.py: DDPM and many more of reForge's, some of Forge Classic's."""
+
+    def get_sigmas(self, p, steps):
+        return torch.tensor([1.5 * (steps - step) for step in range(steps)] + [0.0])
+
+
 class EPS:
     """A kind of ldm_patched.modules.model_sampling."""
 
@@ -256,6 +263,7 @@ class FakeReForge(FakeNeo):
         unet, encoders, clip = self.patchers
         self.module("modules_forge.forge_loader", ForgeSD=ForgeSD)
         self.module("modules_forge.forge_sampler")
+        self.module("modules_forge.forge_alter_samplers", AlterSampler=flat(KDiffusionSampler, AlterSampler))
         self.module("ldm_patched.ldm.modules.attention", optimized_attention=forge.attention)
         self.module("modules.scripts", ScriptRunner=ScriptRunner)
         self.module("modules_forge.unet_patcher", UnetPatcher=unet)
@@ -268,6 +276,11 @@ class FakeReForge(FakeNeo):
         # A1111's functions of the Lora extension, which do nothing here (extensions-builtin/Lora/networks.py:28).
         self.networks.assign_network_names_to_compvis_modules = lambda sd_model: None
         self.networks.network_apply_weights = lambda self: None
+
+    def sampler_class(self, p):
+        if p.sampler_name == "DDPM":
+            return self.modules["modules_forge.forge_alter_samplers"].AlterSampler
+        return super().sampler_class(p)
 
     def process_images_inner(self, p):
         if isinstance(p, StableDiffusionProcessingTxt2Img):

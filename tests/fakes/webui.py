@@ -383,8 +383,11 @@ class FakeWebUI:
             p.cached_uc[:] = [key, [self.encode([p.negative_prompt])[0] for _ in texts]]
         return p.cached_c[1], p.cached_uc[1]
 
+    def sampler_class(self, p):
+        return self.modules["modules.sd_samplers_kdiffusion"].KDiffusionSampler
+
     def sample(self, p, x):
-        sampler = self.modules["modules.sd_samplers_kdiffusion"].KDiffusionSampler(p, sample_euler)
+        sampler = self.sampler_class(p)(p, sample_euler)
         denoiser = self.modules["modules.sd_samplers_cfg_denoiser"].CFGDenoiser(self, sampler, p)
         denoiser.mask, denoiser.nmask = p.mask, p.nmask
         p.hook("process_before_every_sampling")

@@ -4,7 +4,7 @@
     extra_networks.activate             the tags of a batch's prompt: what is fused in the pass that begins, towards which references
     networks.load_networks              those LoRAs are taken out of what is merged; their text-encoder parts are merged instead
     KDiffusionSampler.get_sigmas,       the noise levels of the pass
-    CompVisSampler.get_timesteps
+    CompVisSampler.get_timesteps        (and Roles.schedules)
     CFGDenoiser.forward                 one denoiser step, fused and guided
     sd_samplers_common.apply_refiner    inside it, the refiner may replace the model
 
@@ -83,6 +83,7 @@ class JobSeams:
             Wrapping(LOAD_NETWORKS, self._around_load_networks),
             Wrapping(SIGMAS, self._around_schedule),
             Wrapping(TIMESTEPS, self._around_schedule),
+            *(Wrapping(seam, self._around_schedule) for seam in self._roles.schedules),
             Wrapping(DENOISER, self._around_denoiser, stops=self._is_fused),
             Wrapping(REFINER, self._around_refiner, stops=self._is_fused),
         ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...guidance.correction import Kind
 from ...guidance.decode import decoding_half
 from ..wrapping import wrapped
-from .capabilities import Call, held
+from .capabilities import Call, Seam, held
 from .comfy_patches import OurPatch, PatcherTextEncoders
 from .forge import ForgeDenoisers, ForgeSamplers, engine_of, unet_of
 from .roles import Checkpoints, HostVae, Roles
@@ -121,7 +121,11 @@ class ClassicTextEncoders(PatcherTextEncoders):
         return parameter
 
 
+# The samplers that these WebUIs add have a schedule of their own.
+ALTER_SIGMAS = Seam("modules_forge.forge_alter_samplers", "AlterSampler.get_sigmas", ("self", "p", "steps"))
+
 _NEEDS = (
+    ALTER_SIGMAS,
     Call("modules_forge.forge_loader", "ForgeSD", 4),
     Call("ldm_patched.modules.model_patcher", "ModelPatcher.add_patches", 3),
     Call("ldm_patched.modules.model_patcher", "ModelPatcher.clone", 1),
@@ -139,6 +143,7 @@ REFORGE = Roles(
     ReForgeTextEncoders(),
     ReForgeCheckpoints(),
     (*_NEEDS, Call("ldm_patched.modules.weight_adapter", "LoRAAdapter", 2), Call("modules.scripts", "ScriptRunner")),
+    schedules=(ALTER_SIGMAS,),
 )
 
 CLASSIC = Roles(
@@ -148,6 +153,7 @@ CLASSIC = Roles(
     ClassicTextEncoders(),
     Checkpoints(),
     (*_NEEDS, Call("modules_forge.forge_sampler", "forge_sample", 4)),
+    schedules=(ALTER_SIGMAS,),
 )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...fusion import FusionError, Rows
 from ...guidance.correction import Kind
 from ...guidance.decode import ZeroToOne
-from .capabilities import Value
+from .capabilities import Seam, Value
 from .references import BaseIdentity, file_identity
 from .text_parts import TextParts
 
@@ -192,6 +192,7 @@ class Roles:
     """One WebUI.
 
     needs: what it must have, and can be looked up before a model is loaded. barred: modules of WebUIs that look like it and are not.
+    schedules: where its samplers find their noise levels, beside A1111's two places.
     """
 
     name: str
@@ -201,6 +202,7 @@ class Roles:
     checkpoints: Checkpoints
     needs: tuple[Value, ...] = ()
     barred: tuple[str, ...] = ()
+    schedules: tuple[Seam, ...] = ()
 
 
 def refuse_replaced_denoiser() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from ...guidance.correction import Form, Level, Schedule
 
-# D itself with fresh noise on it; CFG++ takes the direction from the unconditional noise, which a shift of D does not touch.
+# D itself with fresh noise on it; CFG++ (also any ..._cfg_pp of ComfyUI's) takes the direction from the unconditional noise, which a
+# shift of D does not touch.
 _JUMPING = ("sample_lcm", "ddim_cfgpp")
 _EXPONENTIAL = ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde")
 # Ancestral without a parameter for it.
@@ -39,7 +40,7 @@ def start_of(sampler: Any, schedule: Schedule, s: float) -> float:
 
 
 def _form(name: str, schedule: Schedule, rectified: bool) -> Form:
-    if name in _JUMPING:
+    if name in _JUMPING or "_cfg_pp" in name:
         return "jump"
     if name in _EXPONENTIAL:
         return "exponential"

@@ -165,6 +165,16 @@ class TestCorrection:
         assert any("refiner" in note for note in done.notes)
 
 
+class TestSamplers:
+    @pytest.mark.parametrize("host_name", ["reforge", "classic"], indirect=True)
+    def test_one_with_a_schedule_of_its_own_is_guided_at_every_step(self, guided):
+        plain, _ = job(guided, f"a cat {PLAIN}", sampler_name="DDPM")
+        moved, done = job(guided, f"a cat {TAG}", sampler_name="DDPM")
+        assert not done.notes
+        assert done.guidance.record.steps == [0, 1, 2]
+        assert not torch.equal(moved, plain)
+
+
 class TestReferences:
     def test_they_are_made_with_one_lora_each(self, guided):
         _, done = job(guided, f"a cat {tag(style_prompt='a field')}", seed=3, steps=4)

@@ -85,11 +85,17 @@ def test_a_shift_of_d_moves_the_step_as_it_should(function, eta, schedule, place
     assert (level.kind, level.s) == (schedule.kind, s)
 
 
-def test_cfg_pp_keeps_its_direction():
-    def ddim_cfgpp(x, eta):
-        raise AssertionError
+def ddim_cfgpp(x, eta):
+    raise AssertionError
 
-    assert level_of(sampler(ddim_cfgpp), VP, 3.1).s_next == 0.0
+
+def sample_dpmpp_2s_ancestral_cfg_pp_dyn(x, eta):
+    raise AssertionError
+
+
+@pytest.mark.parametrize("function", [ddim_cfgpp, sample_dpmpp_2s_ancestral_cfg_pp_dyn])
+def test_cfg_pp_keeps_its_direction(function):
+    assert level_of(sampler(function), VP, 3.1).s_next == 0.0
 
 
 @pytest.mark.parametrize("place", range(4))
