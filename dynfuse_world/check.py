@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .captions import caption, name_of
 from .judges import Judges, Scores, SecondJudges, load_judges, load_second_judges
-from .lora_sets import PLAIN, lora_path
+from .lora_sets import PLAIN, lora_path, missing
 from .model import load_pipeline
 from .painter import CLASSES, HELD_OUT_STYLES, STYLES, SUBJECTS, Scene
 from .training.loras import SUBJECT_STYLES
@@ -60,6 +60,10 @@ def run(weights: Path, out: Path | None, as_json: bool, kind: str = PLAIN) -> in
     """
     from tqdm import tqdm
 
+    names = (*SUBJECTS, *HELD_OUT_STYLES)
+    if kind != PLAIN and (reason := missing(weights, names, kind)):
+        print(f"{reason[0].upper()}{reason[1:]}.", file=sys.stderr)
+        return 2
     pipeline, judges = load_pipeline(weights), load_judges(weights / "judges.safetensors")
     second = load_second_judges(weights / "judges2.safetensors")
     report = Report()
@@ -75,7 +79,7 @@ def run(weights: Path, out: Path | None, as_json: bool, kind: str = PLAIN) -> in
         bar.update()
         report.base["pairs kept out"], _ = _named(pipeline, judges, sorted(HELD_OUT_PAIRS) * 8)
         bar.update()
-        files = {name: lora_path(weights, name, kind) for name in (*SUBJECTS, *HELD_OUT_STYLES)}
+        files = {name: lora_path(weights, name, kind) for name in names}
         (report.alone, report.second_alone), sheets["alone"] = _alone(pipeline, (judges, second), files)
         bar.update()
         (report.halves, report.second_halves), _ = _alone(pipeline, (judges, second), files, half=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,4 +35,10 @@ def lora_path(weights: Path, name: str, trained: str = PLAIN) -> Path:
     return (folder if trained == PLAIN else folder / trained) / f"{name}.safetensors"
 
 
-__all__ = ["PLAIN", "SETS", "TRAINED", "LoraSet", "lora_path"]
+def missing(weights: Path, names: Iterable[str], trained: str) -> str | None:
+    """What is said where one of the files is not there: a sentence without its capital and its end."""
+    absent = [name for name in names if not lora_path(weights, name, trained).is_file()]
+    return f"the LoRA {absent[0]!r} of the set {trained} is not there: make it with toy train loras --set {trained}" if absent else None
+
+
+__all__ = ["PLAIN", "SETS", "TRAINED", "LoraSet", "lora_path", "missing"]

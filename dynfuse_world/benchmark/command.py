@@ -23,7 +23,7 @@ from lib_dynfuse.evaluate.statistics import RESAMPLES
 from lib_dynfuse.program import program
 
 from ..captions import words as world_words
-from ..lora_sets import PLAIN, SETS, lora_path
+from ..lora_sets import PLAIN, SETS, missing
 from ..model import WEIGHTS
 from .making import shipped_judges
 from .methods import METHODS, RANDOM, ROWS, SWEEP, ZIPLORA, Row, RowError, chosen, row_of
@@ -169,9 +169,8 @@ def _of_sets(pairs: Sequence[Pair], sets: Sequence[str], weights: Path) -> tuple
     found = tuple(replace(pair, files=files) for files in sets for pair in pairs)
     for pair in found:
         trained = SETS[pair.files].trained
-        missing = [name for name in (pair.subject, pair.style) if not lora_path(weights, name, trained).is_file()]
-        if missing and trained != PLAIN:
-            raise RowError(f"the LoRA {missing[0]!r} of the set {trained} is not there: make it with toy train loras --set {trained}")
+        if trained != PLAIN and (reason := missing(weights, (pair.subject, pair.style), trained)):
+            raise RowError(reason)
     return found
 
 

@@ -210,3 +210,10 @@ def test_half_of_a_lora_is_half_of_its_layers_as_they_were():
 def test_all_weights_are_below_thirty_megabytes_and_verified():
     verify()
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 30e6
+
+
+def test_a_set_that_was_not_made_is_told_before_any_picture(capsys):
+    assert check.run(WEIGHTS, None, False, "overfit") == 2
+    said = capsys.readouterr().err
+    assert "toy train loras --set overfit" in said
+    assert len(said.splitlines()) == 1
