@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=f"{program()} toy bench",
         description="Which fusion is better, in the miniature world: pictures of 16 pairs of LoRAs, made by each method on the same noise, "
         "and judged by networks that no method has seen. Settings are tried on 4 of the pairs, methods are compared on the 12 others. "
-        "All of it takes a quarter of an hour on two processors.",
+        "The reported pairs take ten minutes on two processors.",
         allow_abbrev=False,
     )
     add = parser.add_argument
